@@ -1,0 +1,1 @@
+"""What the entry points share, one concern a file."""

@@ -1,0 +1,117 @@
+"""Evaluate a checkpoint: `python evaluate.py checkpoint=checkpoints/latest/best.pt`; see `--help` and README.md."""
+
+from engine.config import launch
+
+if __name__ == "__main__":
+    launch("evaluate")  # answers help, completion and typos, and only then imports torch and calls main() below
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from engine import checkpoint, runs
+from engine.config import build, did_you_mean
+from engine.errors import RequestError
+from engine.loader import Batches, choose_device, load_splits
+from engine.metrics import accuracy, evaluate, per_class
+
+
+def main(config: dict[str, Any]) -> float:
+    """Evaluate as the checked configuration says, print the metrics and write evaluation.json.
+
+    Returns:
+        the accuracy, 0 to 1.
+    """
+    device = choose_device(config["device"])
+    path = Path(config["checkpoint"]) if config["checkpoint"] else runs.newest() / "best.pt"
+    saved = checkpoint.read(path)
+    config = settings_for(saved, config, path)
+    splits, classes = load_splits(config["dataset"], only=config["split"])
+    if config["split"] not in splits:
+        raise RequestError(f"split={config['split']}: this data set has none (dataset.val_fraction={config['dataset']['val_fraction']})")
+    batches = Batches(splits[config["split"]], config["dataset"]["eval_transforms"], config, device)
+    model = model_of(saved, config, path, batches.sample_shape(), classes).to(device)
+
+    loss, confusion = evaluate(model, batches, len(classes))
+
+    print(f"{path}, {config['split']} split of {config['choices']['dataset']}, {int(confusion.sum()):,} samples")
+    print(f"accuracy {accuracy(confusion):.2%}, loss {loss:.4f}\n")
+    rows = per_class(confusion, classes)
+    print(table(rows))
+    output = Path(config["output"]) if config["output"] else path.parent / "evaluation.json"
+    runs.write_json(
+        output,
+        {
+            "checkpoint": str(path),
+            "dataset": config["choices"]["dataset"],
+            "split": config["split"],
+            "samples": int(confusion.sum()),
+            "accuracy": accuracy(confusion),
+            "loss": loss,
+            "per_class": rows,
+            "confusion": confusion.tolist(),
+        },
+    )
+    print(f"\nwritten to {output}")
+    return accuracy(confusion)
+
+
+def settings_for(saved: dict[str, Any], config: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The configuration to evaluate with: the checkpoint's own, overridden by what was asked for.
+
+    Raises:
+        RequestError: a bare state_dict without `model=` and `dataset=`, or a setting that the dataset does not have.
+    """
+    asked_dataset = config.get("dataset") or {}
+    if "config" not in saved:
+        if not config.get("model") or not config["choices"].get("dataset"):
+            raise RequestError(f"{path}: a bare state_dict; say which model and data it is for: model=mlp dataset=fashion_mnist")
+        return {**config, "batch_size": config["batch_size"] or 64, "seed": 0, "limit_batches": None}
+    own = saved["config"]
+    if config.get("model"):
+        raise RequestError(f"model={config['choices']['model']}: {path} names its own model; leave model= out")
+    choices = dict(own["choices"])
+    if config["choices"].get("dataset"):
+        dataset = asked_dataset
+        choices["dataset"] = config["choices"]["dataset"]
+    else:
+        for key in asked_dataset:
+            if key not in own["dataset"]:
+                raise RequestError(f"there is no setting 'dataset.{key}'{did_you_mean(key, own['dataset'])}")
+        dataset = {**own["dataset"], **asked_dataset}
+    return {
+        **config,
+        "dataset": dataset,
+        "choices": choices,
+        "batch_size": config["batch_size"] or own["batch_size"],
+        "seed": own["seed"],
+        "limit_batches": own["limit_batches"],
+    }
+
+
+def model_of(
+    saved: dict[str, Any], config: dict[str, Any], path: Path, input_shape: tuple[int, int, int], classes: list[str]
+) -> nn.Module:
+    """The checkpoint's model with its weights, once it is known to fit the data."""
+    if "config" not in saved:
+        model = build(config["model"], "model", input_shape=input_shape, num_classes=len(classes))
+        checkpoint.load_weights(model, saved["model"], path)
+        return model
+    if list(saved["input_shape"]) != list(input_shape):
+        raise RequestError(f"{path}: its model takes images {saved['input_shape']}, the data has {list(input_shape)}; set dataset.eval_transforms")
+    if len(saved["classes"]) != len(classes):
+        raise RequestError(f"{path}: its model has {len(saved['classes'])} classes, the data {len(classes)}; choose another dataset")
+    return checkpoint.build_model(saved, path)
+
+
+def table(rows: dict[str, dict[str, float]]) -> str:
+    """Precision, recall and F1 of each class and their plain average, for reading."""
+    width = max(len("average"), *(len(name) for name in rows))
+    lines = [f"{'':<{width}}  precision  recall      f1  samples"]
+    for name, row in rows.items():
+        lines.append(f"{name:<{width}}  {row['precision']:9.4f}  {row['recall']:6.4f}  {row['f1']:6.4f}  {row['samples']:7,}")
+    mean = {key: sum(row[key] for row in rows.values()) / len(rows) for key in ("precision", "recall", "f1")}
+    total = sum(row["samples"] for row in rows.values())
+    lines.append(f"{'average':<{width}}  {mean['precision']:9.4f}  {mean['recall']:6.4f}  {mean['f1']:6.4f}  {total:7,}")
+    return "\n".join(lines)
