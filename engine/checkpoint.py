@@ -21,8 +21,13 @@ from engine.errors import RequestError, RunError, one_line
 FORMAT = 1
 
 
-def write(path: Path, checkpoint: dict[str, Any]) -> None:
+def write(path: Path, checkpoint: dict[str, Any], keep: Path | None = None) -> None:
     """Write a checkpoint whole or not at all: a crash or a full disk leaves the file that was there.
+
+    Args:
+        path: the file.
+        checkpoint: tensors, numbers and text by name.
+        keep: a second name that the file that was there gets.
 
     Raises:
         RunError: it cannot be written.
@@ -34,6 +39,10 @@ def write(path: Path, checkpoint: dict[str, Any]) -> None:
             torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())
+        if keep is not None and path.exists():
+            spare = temporary.with_suffix(".keep")
+            os.link(path, spare)  # so that there is a whole file under the name at every moment
+            os.replace(spare, keep)
         os.replace(temporary, path)
         directory = os.open(path.parent, os.O_RDONLY)
         try:
@@ -68,12 +77,19 @@ def read(path: Path) -> dict[str, Any]:
     except RequestError:
         raise
     except Exception as error:  # a damaged or foreign file can raise nearly anything
-        reason = "it holds more than tensors, numbers and text" if "weights_only" in str(error).lower() else one_line(error, 120)
+        reason = (
+            "it holds more than tensors, numbers and text"
+            if "weights_only" in str(error).lower()
+            else one_line(error, 120)
+        )
         raise RequestError(f"{path}: not a checkpoint, or a damaged one ({reason})") from None
     if not isinstance(found, dict):
         raise RequestError(f"{path}: holds {type(found).__name__}; expected a checkpoint or a state_dict")
     if "format" not in found:
-        inner = next((found[key] for key in ("model", "state_dict", "model_state_dict") if isinstance(found.get(key), dict)), found)
+        inner = next(
+            (found[key] for key in ("model", "state_dict", "model_state_dict") if isinstance(found.get(key), dict)),
+            found,
+        )
         found = {"model": inner}
     _check(found, path)
     found["model"] = {strip_prefixes(name): tensor for name, tensor in found["model"].items()}
@@ -108,8 +124,13 @@ def build_model(checkpoint: dict[str, Any], path: Path) -> nn.Module:
             weights do not fit it.
     """
     settings = checkpoint["config"]["model"]
-    model = build(settings, "model", target=_trusted(settings, path), input_shape=tuple(checkpoint["input_shape"]),
-                  num_classes=len(checkpoint["classes"]))
+    model = build(
+        settings,
+        "model",
+        target=_trusted(settings, path),
+        input_shape=tuple(checkpoint["input_shape"]),
+        num_classes=len(checkpoint["classes"]),
+    )
     load_weights(model, checkpoint["model"], path)
     return model
 
