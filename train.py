@@ -57,7 +57,9 @@ def main(config: dict[str, Any]) -> float:
     runs.start_log(directory / "train.log")
     log.info(f"model    {config['choices']['model']}, {sum(p.numel() for p in model.parameters()):,} parameters")
     sizes = ", ".join(f"{len(split):,} {name}" for name, split in splits.items())
-    log.info(f"data     {config['choices']['dataset']}, {sizes}, images {'x'.join(map(str, input_shape))}, {len(classes)} classes")
+    log.info(
+        f"data     {config['choices']['dataset']}, {sizes}, images {'x'.join(map(str, input_shape))}, {len(classes)} classes"
+    )
     log.info(f"device   {device}" + (f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""))
     log.info(f"run      {directory}")
     if val_batches is None:
@@ -100,7 +102,9 @@ def main(config: dict[str, Any]) -> float:
         if val_accuracy is None or not best or (val_accuracy, -val_loss) > (best["val_accuracy"], -best["val_loss"]):
             best = history[-1]
             checkpoint.write(directory / "best.pt", state)
-        checkpoint.write(directory / "last.pt", {**state, "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()})
+        checkpoint.write(
+            directory / "last.pt", {**state, "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
+        )
         runs.write_metrics(directory / "metrics.csv", history)
         log.info(epoch_line(history[-1], config["epochs"]))
 
@@ -139,7 +143,9 @@ def train_epoch(
     """Train on every batch of an epoch; returns mean loss and accuracy (0 to 1) over its samples."""
     model.train()
     tally = Tally(len(batches), batches.device)
-    bar = tqdm(total=len(batches), desc=f"epoch {epoch}", leave=False, disable=not sys.stdout.isatty(), dynamic_ncols=True)
+    bar = tqdm(
+        total=len(batches), desc=f"epoch {epoch}", leave=False, disable=not sys.stdout.isatty(), dynamic_ncols=True
+    )
     for images, labels in batches.epoch(epoch):
         logits = model(images)
         loss = criterion(logits, labels)
@@ -166,9 +172,13 @@ def probe(model: nn.Module, input_shape: tuple[int, int, int], num_classes: int,
         with torch.no_grad():
             shape = list(model(torch.zeros(1, *input_shape, device=device)).shape)
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
-        raise RequestError(f"model {type(model).__name__} does not take images {list(input_shape)}: {one_line(error)}") from error
+        raise RequestError(
+            f"model {type(model).__name__} does not take images {list(input_shape)}: {one_line(error)}"
+        ) from error
     if shape != [1, num_classes]:
-        raise RequestError(f"model {type(model).__name__} gives {shape} for one image; expected [1, {num_classes}], a logit a class")
+        raise RequestError(
+            f"model {type(model).__name__} gives {shape} for one image; expected [1, {num_classes}], a logit a class"
+        )
 
 
 def epoch_line(row: dict[str, Any], epochs: int) -> str:

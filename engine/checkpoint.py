@@ -68,12 +68,19 @@ def read(path: Path) -> dict[str, Any]:
     except RequestError:
         raise
     except Exception as error:  # a damaged or foreign file can raise nearly anything
-        reason = "it holds more than tensors, numbers and text" if "weights_only" in str(error).lower() else one_line(error, 120)
+        reason = (
+            "it holds more than tensors, numbers and text"
+            if "weights_only" in str(error).lower()
+            else one_line(error, 120)
+        )
         raise RequestError(f"{path}: not a checkpoint, or a damaged one ({reason})") from None
     if not isinstance(found, dict):
         raise RequestError(f"{path}: holds {type(found).__name__}; expected a checkpoint or a state_dict")
     if "format" not in found:
-        inner = next((found[key] for key in ("model", "state_dict", "model_state_dict") if isinstance(found.get(key), dict)), found)
+        inner = next(
+            (found[key] for key in ("model", "state_dict", "model_state_dict") if isinstance(found.get(key), dict)),
+            found,
+        )
         found = {"model": inner}
     _check(found, path)
     found["model"] = {strip_prefixes(name): tensor for name, tensor in found["model"].items()}
@@ -108,8 +115,13 @@ def build_model(checkpoint: dict[str, Any], path: Path) -> nn.Module:
             weights do not fit it.
     """
     settings = checkpoint["config"]["model"]
-    model = build(settings, "model", target=_trusted(settings, path), input_shape=tuple(checkpoint["input_shape"]),
-                  num_classes=len(checkpoint["classes"]))
+    model = build(
+        settings,
+        "model",
+        target=_trusted(settings, path),
+        input_shape=tuple(checkpoint["input_shape"]),
+        num_classes=len(checkpoint["classes"]),
+    )
     load_weights(model, checkpoint["model"], path)
     return model
 
