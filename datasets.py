@@ -137,7 +137,9 @@ def read_idx(path: Path) -> Tensor:
 
 def cifar10(root: str) -> ImageData:
     """Photographs of 10 kinds of things, 32x32 (A. Krizhevsky, 2009)."""
-    return _cifar("CIFAR10", root, "cifar-10-batches-py", [f"data_batch_{i}" for i in range(1, 6)], "test_batch", "labels")
+    return _cifar(
+        "CIFAR10", root, "cifar-10-batches-py", [f"data_batch_{i}" for i in range(1, 6)], "test_batch", "labels"
+    )
 
 
 def cifar100(root: str) -> ImageData:
@@ -157,9 +159,13 @@ def _cifar(name: str, root: str, folder: str, train: list[str], test: str, key: 
             images = torch.from_numpy(np.ascontiguousarray(batch["data"], dtype=np.uint8)).view(-1, 3, 32, 32)
             labels = torch.tensor(batch[key], dtype=torch.int64)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise RequestError(f"{directory / file}: not a CIFAR batch ({one_line(error)}); delete it and run again") from None
+            raise RequestError(
+                f"{directory / file}: not a CIFAR batch ({one_line(error)}); delete it and run again"
+            ) from None
         if len(images) != len(labels):
-            raise RequestError(f"{directory / file}: {len(images)} images, but {len(labels)} labels; delete it and run again")
+            raise RequestError(
+                f"{directory / file}: {len(images)} images, but {len(labels)} labels; delete it and run again"
+            )
         return images, labels
 
     parts = [read(file) for file in train]

@@ -29,7 +29,9 @@ def main(config: dict[str, Any]) -> float:
     config = settings_for(saved, config, path)
     splits, classes = load_splits(config["dataset"], only=config["split"])
     if config["split"] not in splits:
-        raise RequestError(f"split={config['split']}: this data set has none (dataset.val_fraction={config['dataset']['val_fraction']})")
+        raise RequestError(
+            f"split={config['split']}: this data set has none (dataset.val_fraction={config['dataset']['val_fraction']})"
+        )
     batches = Batches(splits[config["split"]], config["dataset"]["eval_transforms"], config, device)
     model = model_of(saved, config, path, batches.sample_shape(), classes).to(device)
 
@@ -66,7 +68,9 @@ def settings_for(saved: dict[str, Any], config: dict[str, Any], path: Path) -> d
     asked_dataset = config.get("dataset") or {}
     if "config" not in saved:
         if not config.get("model") or not config["choices"].get("dataset"):
-            raise RequestError(f"{path}: a bare state_dict; say which model and data it is for: model=mlp dataset=fashion_mnist")
+            raise RequestError(
+                f"{path}: a bare state_dict; say which model and data it is for: model=mlp dataset=fashion_mnist"
+            )
         return {**config, "batch_size": config["batch_size"] or 64, "seed": 0, "limit_batches": None}
     own = saved["config"]
     if config.get("model"):
@@ -99,9 +103,13 @@ def model_of(
         checkpoint.load_weights(model, saved["model"], path)
         return model
     if list(saved["input_shape"]) != list(input_shape):
-        raise RequestError(f"{path}: its model takes images {saved['input_shape']}, the data has {list(input_shape)}; set dataset.eval_transforms")
+        raise RequestError(
+            f"{path}: its model takes images {saved['input_shape']}, the data has {list(input_shape)}; set dataset.eval_transforms"
+        )
     if len(saved["classes"]) != len(classes):
-        raise RequestError(f"{path}: its model has {len(saved['classes'])} classes, the data {len(classes)}; choose another dataset")
+        raise RequestError(
+            f"{path}: its model has {len(saved['classes'])} classes, the data {len(classes)}; choose another dataset"
+        )
     return checkpoint.build_model(saved, path)
 
 
@@ -110,8 +118,12 @@ def table(rows: dict[str, dict[str, float]]) -> str:
     width = max(len("average"), *(len(name) for name in rows))
     lines = [f"{'':<{width}}  precision  recall      f1  samples"]
     for name, row in rows.items():
-        lines.append(f"{name:<{width}}  {row['precision']:9.4f}  {row['recall']:6.4f}  {row['f1']:6.4f}  {row['samples']:7,}")
+        lines.append(
+            f"{name:<{width}}  {row['precision']:9.4f}  {row['recall']:6.4f}  {row['f1']:6.4f}  {row['samples']:7,}"
+        )
     mean = {key: sum(row[key] for row in rows.values()) / len(rows) for key in ("precision", "recall", "f1")}
     total = sum(row["samples"] for row in rows.values())
-    lines.append(f"{'average':<{width}}  {mean['precision']:9.4f}  {mean['recall']:6.4f}  {mean['f1']:6.4f}  {total:7,}")
+    lines.append(
+        f"{'average':<{width}}  {mean['precision']:9.4f}  {mean['recall']:6.4f}  {mean['f1']:6.4f}  {total:7,}"
+    )
     return "\n".join(lines)

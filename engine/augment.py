@@ -108,7 +108,11 @@ class RandomCrop:
     needs_float = False
 
     def __init__(
-        self, size: int | Sequence[int], padding: int | Sequence[int] | None = None, fill: float = 0, padding_mode: str = "constant"
+        self,
+        size: int | Sequence[int],
+        padding: int | Sequence[int] | None = None,
+        fill: float = 0,
+        padding_mode: str = "constant",
     ) -> None:
         self.height, self.width = (size, size) if isinstance(size, int) else size
         sides = [padding or 0] if isinstance(padding, int) or padding is None else list(padding)
@@ -130,7 +134,9 @@ class RandomCrop:
             raise ValueError(f"size {self.height}x{self.width} is larger than the padded image, {found}")
         place = draws.uniform(2, images.device)
         top, left = (place[:, 0] * down).long(), (place[:, 1] * right).long()
-        windows = images.unfold(2, self.height, 1).unfold(3, self.width, 1)  # a view [batch, channels, down, right, h, w]
+        windows = images.unfold(2, self.height, 1).unfold(
+            3, self.width, 1
+        )  # a view [batch, channels, down, right, h, w]
         return windows[torch.arange(len(images), device=images.device), :, top, left]
 
 

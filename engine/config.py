@@ -167,7 +167,9 @@ def group_options(directories: Iterable[Path] = (CONFIGS,)) -> dict[str, list[st
 # Checking
 
 
-def check(config: DictConfig, choices: dict[str, str | None], directories: Sequence[Path], entry: str) -> dict[str, Any]:
+def check(
+    config: DictConfig, choices: dict[str, str | None], directories: Sequence[Path], entry: str
+) -> dict[str, Any]:
     """The composed configuration as plain resolved data, after every setting was found known and its value valid.
 
     Args:
@@ -413,7 +415,9 @@ def locate(target: str, option: str) -> Any:
     raise RequestError(f"{option}={target}: no such module; expected a dotted name such as models.mlp.MLP")
 
 
-def build(settings: dict[str, Any], group: str, *arguments: Any, target: Callable[..., Any] | None = None, **given: Any) -> Any:
+def build(
+    settings: dict[str, Any], group: str, *arguments: Any, target: Callable[..., Any] | None = None, **given: Any
+) -> Any:
     """Call what `_target_` names with the group's settings.
 
     Args:

@@ -122,7 +122,12 @@ def _check_part(part: Any, name: str, classes: list[str]) -> None:
     if not isinstance(part, tuple):
         return
     images, labels = part
-    if images.dtype != torch.uint8 or images.ndim != 4 or labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
+    if (
+        images.dtype != torch.uint8
+        or images.ndim != 4
+        or labels.dtype != torch.int64
+        or labels.shape != images.shape[:1]
+    ):
         found = f"{images.dtype} {list(images.shape)} and {labels.dtype} {list(labels.shape)}"
         raise RequestError(
             f"dataset: {name} images and labels are {found}; "
@@ -204,7 +209,12 @@ class Batches:
     """
 
     def __init__(
-        self, split: Split, transforms: Sequence[Any], config: dict[str, Any], device: torch.device, training: bool = False
+        self,
+        split: Split,
+        transforms: Sequence[Any],
+        config: dict[str, Any],
+        device: torch.device,
+        training: bool = False,
     ) -> None:
         self.split, self.device = split, device
         self.batch_size: int = config["batch_size"]

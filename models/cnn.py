@@ -17,7 +17,12 @@ class CNN(nn.Module):
         self, input_shape: tuple[int, int, int], num_classes: int, width: int = 32, dropout: float = 0.1
     ) -> None:
         super().__init__()
-        stages = [(input_shape[0], width, 2), (width, 2 * width, 1), (2 * width, 2 * width, 2), (2 * width, 4 * width, 2)]
+        stages = [
+            (input_shape[0], width, 2),
+            (width, 2 * width, 1),
+            (2 * width, 2 * width, 2),
+            (2 * width, 4 * width, 2),
+        ]
         layers: list[nn.Module] = []
         for channels_in, channels_out, stride in stages:
             layers += [

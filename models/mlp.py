@@ -26,7 +26,9 @@ class MLP(nn.Module):
             layers += [nn.Linear(wide, narrow), nn.ReLU()]
             if dropout:
                 layers.append(nn.Dropout(dropout))
-        self.linear_relu_stack = nn.Sequential(*layers, nn.Linear([channels * height * width, *hidden][-1], num_classes))
+        self.linear_relu_stack = nn.Sequential(
+            *layers, nn.Linear([channels * height * width, *hidden][-1], num_classes)
+        )
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits `[batch, num_classes]` of images `[batch, channels, height, width]`."""

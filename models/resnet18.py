@@ -14,9 +14,7 @@ class ResNet18(nn.Module):
             CIFAR (section 4.2); None does so for images of up to 64 pixels.
     """
 
-    def __init__(
-        self, input_shape: tuple[int, int, int], num_classes: int, small_images: bool | None = None
-    ) -> None:
+    def __init__(self, input_shape: tuple[int, int, int], num_classes: int, small_images: bool | None = None) -> None:
         super().__init__()
         channels, height, width = input_shape
         self.resnet = resnet18(num_classes=num_classes)
