@@ -21,8 +21,13 @@ from engine.errors import RequestError, RunError, one_line
 FORMAT = 1
 
 
-def write(path: Path, checkpoint: dict[str, Any]) -> None:
+def write(path: Path, checkpoint: dict[str, Any], keep: Path | None = None) -> None:
     """Write a checkpoint whole or not at all: a crash or a full disk leaves the file that was there.
+
+    Args:
+        path: the file.
+        checkpoint: tensors, numbers and text by name.
+        keep: a second name that the file that was there gets.
 
     Raises:
         RunError: it cannot be written.
@@ -34,6 +39,10 @@ def write(path: Path, checkpoint: dict[str, Any]) -> None:
             torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())
+        if keep is not None and path.exists():
+            spare = temporary.with_suffix(".keep")
+            os.link(path, spare)  # so that there is a whole file under the name at every moment
+            os.replace(spare, keep)
         os.replace(temporary, path)
         directory = os.open(path.parent, os.O_RDONLY)
         try:

@@ -291,6 +291,8 @@ def launch(entry: str) -> NoReturn:
     Help, TAB completion and every error in the configuration are answered here, before torch is imported. Exit codes:
     0, 2 for a wrong request, 1 for a failure at work, 130 for Ctrl-C, 143 for SIGTERM.
     """
+    from engine import resume
+
     arguments = sys.argv[1:]
     if {"-h", "--help"} & set(arguments):
         try:
@@ -302,6 +304,11 @@ def launch(entry: str) -> NoReturn:
     if entry != "train" and not any(a.startswith("dataset=") for a in arguments):
         # Settings of the checkpoint's own dataset: let them through, main() holds them against the checkpoint.
         sys.argv[1:] = ["++" + a if a.startswith("dataset.") else a for a in arguments]
+    try:
+        if entry == "train":
+            sys.argv[1:] = resume.with_choices_of_run(arguments)
+    except RequestError as error:
+        fail(error)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises what it would print, so that we print it in one line
     try:
         hydra.main(config_path=str(CONFIGS), config_name=entry, version_base="1.3")(_job)()
@@ -325,11 +332,15 @@ def _check_flags() -> None:
 
 def _job(config: DictConfig) -> Any:
     """One job: check its configuration, import its entry point (and with it torch), run it."""
+    from engine import resume
+
     runtime = HydraConfig.get()
     directories = [Path(s.path) for s in runtime.runtime.config_sources if s.schema == "file" and s.path]
     entry = runtime.job.name
     try:
         plain = check(config, dict(runtime.runtime.choices), directories, entry)
+        if plain.get("resume"):
+            plain = resume.adopt(plain, runtime.overrides.task)
         return importlib.import_module(entry).main(plain)
     except RunError as error:
         fail(error)

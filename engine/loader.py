@@ -7,11 +7,13 @@ number of workers, the batch size and where a run was resumed change neither.
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
@@ -101,6 +103,19 @@ def load_splits(settings: dict[str, Any], only: str | None = None) -> tuple[dict
         if len(split) == 0:
             raise RequestError(f"dataset: the {name} split is empty ({everything} training samples were found)")
     return splits if only is None else {name: split for name, split in splits.items() if name == only}, classes
+
+
+def fingerprint(splits: dict[str, Split]) -> str:
+    """What tells a data set from another one: the number of samples of each split, and a checksum of labels and order."""
+    texts = []
+    for name, split in splits.items():
+        labels = _labels(split.part)
+        checksum = 0
+        if split.indices is not None:
+            chosen = split.indices if labels is None else labels[split.indices]
+            checksum = zlib.crc32(np.ascontiguousarray(chosen.numpy()))
+        texts.append(f"{name} {len(split)} {checksum:08x}")
+    return ", ".join(texts)
 
 
 def _check_part(part: Any, name: str, classes: list[str]) -> None:
