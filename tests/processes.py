@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -53,10 +54,12 @@ class Command:
         return self.process.exitcode
 
 
-def start(entry: str, *arguments: str, cwd: Path) -> Command:
-    """Start an entry point in a directory."""
+def start(
+    entry: str, *arguments: str, cwd: Path, before: Callable[[str], None] | None = None, argument: str = ""
+) -> Command:
+    """Start an entry point in a directory; the process first calls `before(argument)`."""
     cwd.mkdir(parents=True, exist_ok=True)
-    process = _context.Process(target=_main, args=(entry, arguments, str(cwd)))
+    process = _context.Process(target=_main, args=(entry, arguments, str(cwd), before, argument))
     process.start()
     while not (cwd / ".ready").exists() and process.is_alive():  # until it leads its own group
         time.sleep(0.005)
@@ -71,7 +74,9 @@ def run(entry: str, *arguments: str, cwd: Path) -> Command:
     return command
 
 
-def _main(entry: str, arguments: tuple[str, ...], cwd: str) -> None:
+def _main(
+    entry: str, arguments: tuple[str, ...], cwd: str, before: Callable[[str], None] | None, argument: str
+) -> None:
     os.setsid()
     os.chdir(cwd)
     for number, name in ((1, ".out"), (2, ".err")):
@@ -82,4 +87,6 @@ def _main(entry: str, arguments: tuple[str, ...], cwd: str) -> None:
     Path(".ready").touch()
     from engine.config import launch
 
+    if before:
+        before(argument)
     launch(entry)
