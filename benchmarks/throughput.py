@@ -182,7 +182,7 @@ class Terminal:
 
     def __enter__(self) -> None:
         self.streams = sys.stdout, sys.stderr
-        nowhere = open(os.devnull, "w")  # noqa: SIM115  (closed below)
+        nowhere = open(os.devnull, "w")
         nowhere.isatty = lambda: True  # type: ignore[method-assign]
         sys.stdout = sys.stderr = nowhere
 
