@@ -1,4 +1,4 @@
-"""What the tests share: the program called as a process, or in this one to save the seconds that torch takes to import."""
+"""What the tests share: the program called as a process, or in this one to save the time that importing torch takes."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import pytest
 from engine.config import launch
 
 ROOT = Path(__file__).resolve().parent.parent
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: models this small are slower on more threads
 
 
 @dataclass(frozen=True)

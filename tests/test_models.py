@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import ROOT
 from omegaconf import OmegaConf
 
-from conftest import ROOT
 from engine.config import build, group_options
 
 SHAPES = {  # of the datasets' images; classes

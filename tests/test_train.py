@@ -1,4 +1,4 @@
-"""train.py: the main job on real data, what it leaves in its run directory, and that the same seed gives the same bits."""
+"""train.py: the main job on real data, what it leaves in its run directory, and that one seed gives the same bits."""
 
 from __future__ import annotations
 
