@@ -620,7 +620,8 @@ def per_image(name: str, arguments: dict[str, Any]) -> PerImage | None:
         if key == "interpolation" and isinstance(value, str):
             return InterpolationMode(value)
         if isinstance(value, str) and value.startswith("torch."):
-            return getattr(torch, value.removeprefix("torch."))
+            found = getattr(torch, value.removeprefix("torch."), None)
+            return found if isinstance(found, torch.dtype) else value  # a type; a function stays text
         return value
 
     def nested(entry: Any) -> Any:
