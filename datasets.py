@@ -8,6 +8,11 @@ validation part, `limit`, transforms, batches) is done elsewhere: adding one is 
 
 from __future__ import annotations
 
+from engine.config import launch
+
+if __name__ == "__main__":
+    launch("datasets")  # answers help, completion and typos, and only then imports torch and calls main() below
+
 import csv
 import gzip
 import math
@@ -50,6 +55,13 @@ class ImageData:
     test: Part
     classes: Sequence[str]
     sampler: Callable[[Tensor], Iterable[int]] | None = None
+
+
+def main(config: dict[str, Any]) -> None:
+    """Show a data set: `python datasets.py dataset=fashion_mnist`."""
+    from engine.samples import show  # it imports the loader, which imports this module
+
+    show(config)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
