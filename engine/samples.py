@@ -44,9 +44,8 @@ def show(config: dict[str, Any]) -> None:
     plain = [entry for entry in settings["eval_transforms"] if not (isinstance(entry, dict) and "Normalize" in entry)]
     read = Batches(splits["train"], plain, {**common, "batch_size": BATCH, "shuffle": False}, device, training=True)
     counts, mean, std = statistics(read, len(classes))
-    print(
-        f"{len(images)} training samples, {'x'.join(map(str, shape))}, augmented as in epoch {config['epoch']}: {config['output']}\n"
-    )
+    size = "x".join(map(str, shape))
+    print(f"{len(images)} training samples, {size}, augmented as in epoch {config['epoch']}: {config['output']}\n")
     print(table(classes, counts, {name: split for name, split in splits.items() if name != "train"}))
     print("\nmean and standard deviation of the training images, for train_transforms and eval_transforms:")
     print(f"  - Normalize: {{mean: [{listed(mean)}], std: [{listed(std)}]}}")
