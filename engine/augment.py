@@ -246,7 +246,7 @@ class RandomCrop:
         if fill.numel() == 1:
             return torch.nn.functional.pad(images, [self.left, self.right, self.top, self.bottom], value=float(fill))
         shape = (*images.shape[:2], self.top + height + self.bottom, self.left + width + self.right)
-        padded = fill.to(images.device, images.dtype).expand(shape).contiguous()
+        padded = fill.to(images.device, images.dtype).view(1, -1, 1, 1).expand(shape).contiguous()
         padded[:, :, self.top : self.top + height, self.left : self.left + width] = images
         return padded
 
