@@ -30,15 +30,15 @@ def main(config: dict[str, Any]) -> float:
     output = Path(config["output"]) if config["output"] else path.parent / "evaluation.json"
     if output.is_dir() or not os.access(output.parent, os.W_OK):
         raise RequestError(f"{output}: cannot be written; set output= to a file in a folder that exists")
-    config = settings_for(saved, config, path)
-    splits, classes = load_splits(config["dataset"], only=config["split"])
-    if config["split"] not in splits:
-        raise RequestError(
-            f"split={config['split']}: {config['choices']['dataset']} has no such part here "
-            f"(dataset.val_fraction={config['dataset']['val_fraction']})"
-        )
-    batches = Batches(splits[config["split"]], config["dataset"]["eval_transforms"], config, device)
-    model = model_of(saved, config, path, batches.sample_shape(), classes).to(device)
+    with checkpoint.interpreting(path):
+        config = settings_for(saved, config, path)
+        target = None if config["own_dataset"] else checkpoint.trusted(config["dataset"]["_target_"], path)
+        splits, classes = load_splits(config["dataset"], only=config["split"], target=target)
+        if config["split"] not in splits:
+            fraction = config["dataset"]["val_fraction"]
+            raise RequestError(f"split={config['split']}: there is none with dataset.val_fraction={fraction}")
+        batches = Batches(splits[config["split"]], config["dataset"]["eval_transforms"], config, device)
+        model = model_of(saved, config, path, batches.sample_shape(), classes).to(device)
 
     loss, confusion = evaluate(model, batches, len(classes))
 
@@ -75,7 +75,8 @@ def settings_for(saved: dict[str, Any], config: dict[str, Any], path: Path) -> d
             raise RequestError(
                 f"{path}: a bare state_dict; say which model and data it is for: model=mlp dataset=fashion_mnist"
             )
-        return {**config, "batch_size": config["batch_size"] or 64, "seed": 0, "limit_batches": None}
+        own = {"batch_size": 64, "seed": 0, "limit_batches": None}
+        return {**config, **own, "batch_size": config["batch_size"] or 64, "own_dataset": True}
     own = saved["config"]
     if config.get("model"):
         raise RequestError(f"model={config['choices']['model']}: {path} names its own model; leave model= out")
@@ -85,12 +86,13 @@ def settings_for(saved: dict[str, Any], config: dict[str, Any], path: Path) -> d
         choices["dataset"] = config["choices"]["dataset"]
     else:
         known = known_settings("dataset", choices["dataset"], own["dataset"])
-        for key, value in asked_dataset.items():
-            check_value(f"dataset.{key}", value, known)
         dataset = {**own["dataset"], **asked_dataset}
+        for key, value in dataset.items():
+            check_value(f"dataset.{key}", value, known)
     return {
         **config,
         "dataset": dataset,
+        "own_dataset": bool(config["choices"].get("dataset")),  # named here, not by the checkpoint
         "choices": choices,
         "batch_size": config["batch_size"] or own["batch_size"],
         "seed": own["seed"],

@@ -24,6 +24,7 @@ from engine.metrics import Tally, accuracy, evaluate
 from engine.progress import Bar, epoch_line
 from engine.runs import log
 from engine.saver import Progress, RandomStates, Saver
+from engine.schedules import build_schedule
 
 
 def main(config: dict[str, Any]) -> float:
@@ -52,9 +53,7 @@ def main(config: dict[str, Any]) -> float:
     criterion = build(config["criterion"], "criterion").to(device)
     optimizer = build(config["optimizer"], "optimizer", model.parameters())
     steps = len(train_batches)
-    schedule = build(
-        config["scheduler"], "scheduler", optimizer, total_steps=config["epochs"] * steps, steps_per_epoch=steps
-    )
+    schedule = build_schedule(config["scheduler"], optimizer, config["epochs"], steps)
 
     # The run: its directory, and what it saves.
     directory = runs.reopen(config) if config["resume"] else runs.create(config)
@@ -62,25 +61,32 @@ def main(config: dict[str, Any]) -> float:
     environment = {"device": str(device), "threads": torch.get_num_threads(), **runs.environment()}
     about = {
         "format": checkpoint.FORMAT,
-        "config": config,
+        "config": runs.own_config(config),
         "classes": classes,
         "input_shape": list(input_shape),
         "data": fingerprint(splits),
         "environment": environment,
     }
     progress, tally = Progress(), Tally(steps, device)
-    parts = {"model": model, "optimizer": optimizer, "scheduler": schedule, "tally": tally, "progress": progress}
+    parts: dict[str, Any] = {
+        "model": model,
+        "optimizer": optimizer,
+        "scheduler": schedule,
+        "tally": tally,
+        "progress": progress,
+    }
     saver = Saver(directory, about, {**parts, "random": RandomStates()}, **config["checkpoint"])
     describe(config, model, splits, input_shape, classes, device, directory)
     if config["resume"]:
-        saver.restore()
+        saver.restore(config["changed"])
+        runs.save_config(directory, config)
 
     # The epochs.
     with saver:
         while progress.epoch <= config["epochs"] and not stop_early(progress, config["early_stopping"]["patience"]):
             train_epoch(model, train_batches, criterion, optimizer, schedule, tally, progress, saver, config)
             train_loss, train_accuracy = tally.read()
-            row = {"epoch": progress.epoch, "train_loss": train_loss, "train_accuracy": train_accuracy}
+            row: dict[str, Any] = {"epoch": progress.epoch, "train_loss": train_loss, "train_accuracy": train_accuracy}
             row |= {"val_loss": None, "val_accuracy": None, "lr": progress.lr, "seconds": progress.seconds}
             row["images_per_second"] = sum(tally.sizes) / row["seconds"]
             if val_batches:

@@ -346,6 +346,9 @@ def _job(config: DictConfig) -> Any:
         fail(error)
     except KeyboardInterrupt:
         fail(RunError("interrupted"), 130)
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + 13)
     except Exception:  # our own bug: the whole traceback
         traceback.print_exc()
         sys.exit(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from typing import Any
 
@@ -50,7 +51,7 @@ def adopt(config: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
     """
     directory = runs.find(config["resume"])
     own = runs.read_config(directory)
-    result = {key: own.get(key, value) for key, value in config.items()}
+    result = {key: copy.deepcopy(own.get(key, value)) for key, value in config.items()}
     for override in overrides:
         name = override.split("=", 1)[0].lstrip("+~")
         if name in own["choices"]:
@@ -63,12 +64,17 @@ def adopt(config: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
         for key in path:
             source, target = source[key], target[key]
         target[last] = source[last]
-    result |= {"resume": str(directory), "resume_changed": config["resume_changed"], "choices": config["choices"]}
+    result |= {
+        "resume": str(directory),
+        "resume_changed": config["resume_changed"],
+        "choices": config["choices"],
+        "changed": [],
+    }
     _keep_targets(result, config)
 
     groups = [g for g, choice in config["choices"].items() if own["choices"].get(g) != choice]
     changed = [f"{group} {own['choices'].get(group)} -> {config['choices'][group]}" for group in groups]
-    before, after = _flat(own), _flat(result)
+    before, after = _flat(own), _flat({key: value for key, value in result.items() if key != "changed"})
     changed += [
         f"{name} {before.get(name)} -> {after.get(name)}"
         for name in sorted(before.keys() | after.keys())
@@ -79,7 +85,7 @@ def adopt(config: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
             f"{directory} was started with other settings: {', '.join(changed)}; leave them out, "
             "or accept with resume_changed=true that the result is no longer that of one run"
         )
-    return {**result, "changed": changed}
+    return {**result, "changed": changed or ["as asked"] * config["resume_changed"]}
 
 
 def _keep_targets(result: dict[str, Any], config: dict[str, Any]) -> None:

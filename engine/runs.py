@@ -26,7 +26,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 from engine.config import ROOT
-from engine.errors import RequestError, one_line
+from engine.errors import RequestError, RunError, one_line
 
 RUNS = Path("checkpoints")
 COLUMNS = ("epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "lr", "seconds", "images_per_second")
@@ -59,6 +59,7 @@ def create(config: dict[str, Any]) -> Path:
         RequestError: the name is taken or nothing can be written there.
     """
     name = config["name"]
+    draft = None
     base = name or f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{config['choices']['model']}_{config['choices']['dataset']}"
     try:
         RUNS.mkdir(parents=True, exist_ok=True)
@@ -74,21 +75,32 @@ def create(config: dict[str, Any]) -> Path:
         _locks[directory] = _locks.pop(draft)
         _point_latest(directory)
     except OSError as error:
+        if draft is not None:
+            shutil.rmtree(draft, ignore_errors=True)
         raise RequestError(f"the run directory cannot be made in {RUNS.resolve()}: {one_line(error)}") from None
     return directory
 
 
 def reopen(config: dict[str, Any]) -> Path:
-    """The directory of the run that is resumed, locked; its configuration becomes the one that it goes on with.
+    """The directory of the run that is resumed, locked.
 
     Raises:
         RequestError: it is in use.
     """
     directory = Path(config["resume"])
     lock(directory)
-    own = {key: value for key, value in config.items() if key != "changed"} | {"resume": None, "resume_changed": False}
-    write_text(directory / ".hydra" / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(own)))
     return directory
+
+
+def own_config(config: dict[str, Any]) -> dict[str, Any]:
+    """What a run keeps of its configuration: everything but how it was resumed."""
+    own = {key: value for key, value in config.items() if key != "changed"}
+    return own | {"resume": None, "resume_changed": False}
+
+
+def save_config(directory: Path, config: dict[str, Any]) -> None:
+    """Make the configuration that a resumed run goes on with the run's own."""
+    write_text(directory / ".hydra" / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(own_config(config))))
 
 
 def close(directory: Path) -> None:
@@ -198,6 +210,7 @@ def newest() -> Path:
 def start_log(file: Path) -> None:
     """Send the log to standard output and, with times, to a file."""
     stop_log()
+    logging.raiseExceptions = False  # a full disk is told by what is lost, not by every line of the log
     log.setLevel(logging.DEBUG)
     log.propagate = False
     log.disabled = False  # Hydra's set-up of logging disables the loggers that were there before it
@@ -217,10 +230,14 @@ def stop_log() -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
+    """Write a text file whole or not at all; RunError if it cannot be written."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise RunError(f"{path}: cannot be written ({one_line(error)})") from None
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from engine import checkpoint
-from engine.errors import Interrupted, RequestError, RunError
+from engine.errors import Interrupted, RequestError, RunError, one_line
 from engine.metrics import Tally
 from engine.runs import log
 
@@ -107,10 +107,10 @@ class RandomStates:
 
     def state_dict(self) -> dict[str, Any]:
         """As tensors and numbers."""
-        name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+        _, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
         state: dict[str, Any] = {
             "torch": torch.get_rng_state(),
-            "numpy": [torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss],
+            "numpy": [torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, gauss],
             "python": random.getstate(),
         }
         if torch.cuda.is_available():
@@ -238,27 +238,51 @@ class Saver:
         state = {"model": self.parts["model"].state_dict(), "epoch": self.progress.best["epoch"]}
         checkpoint.write(self.directory / "best.pt", {**self.about, **state, "metrics": self.progress.best})
 
-    def restore(self) -> dict[str, Any] | None:
+    def restore(self, changed: list[str]) -> None:
         """Put every part where last.pt left it, or the one before it if that is damaged.
 
-        Returns:
-            the checkpoint; None if the run was stopped before it saved anything.
+        Args:
+            changed: settings that the user changed knowingly; the epoch in progress then starts anew, with them.
+
+        Raises:
+            RequestError: neither file can be used, or the data is not what the run was started with.
         """
         last, previous = self.directory / "last.pt", self.directory / "previous.pt"
         if not last.exists() and not previous.exists():
-            return None
+            log.info("resumed  from the beginning: nothing had been saved yet")
+            return
         try:
             saved = checkpoint.read(last)
         except RequestError as error:
-            log.info(f"{error}; going on from {previous}, the one before")
+            log.info(f"{error}: going on from {previous}, the one before")
             saved = checkpoint.read(previous)
+        self._compare(saved, changed)
+        optimizer: torch.optim.Optimizer = self.parts["optimizer"]  # type: ignore[assignment]
+        asked = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
         try:
             for name, part in self.parts.items():
                 part.load_state_dict(saved[name])
-        except (KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:
-            raise RequestError(f"{last}: does not fit this run ({error})") from None
-        self._saved = time.monotonic()
-        return saved
+                if name == "optimizer" and changed:  # its state_dict brings the old settings back
+                    for group, settings in zip(optimizer.param_groups, asked, strict=True):
+                        group.update(settings)
+        except (KeyError, ValueError, TypeError, RuntimeError, AttributeError, IndexError) as error:
+            raise RequestError(f"{last}: does not fit this run ({one_line(error)})") from None
+        if changed:
+            log.info(f"changed  {', '.join(changed)}; epoch {self.progress.epoch} starts anew")
+            self.progress.batch = 0
+            self.tally.reset()
+        log.info(f"resumed  in epoch {self.progress.epoch}, after {self.progress.batch} steps")
+
+    def _compare(self, saved: dict[str, Any], changed: list[str]) -> None:
+        if saved["data"] != self.about["data"] and not changed:
+            raise RequestError(
+                f"{self.directory}: the data is another than it was started with: {saved['data']} -> {self.about['data']}; "
+                "resume_changed=true goes on all the same"
+            )
+        before, now = saved["environment"], self.about["environment"]
+        other = [f"{k} {before.get(k)} -> {now[k]}" for k in now if k != "git_commit" and before.get(k) != now[k]]
+        if other:
+            log.info(f"warning  {', '.join(other)} since the run was saved: the last bits may come out differently")
 
 
 def _finite(tensor: torch.Tensor) -> bool:
