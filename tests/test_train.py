@@ -95,12 +95,10 @@ def test_eight_runs_started_at_once_have_eight_directories(tmp_path: Path) -> No
 def test_data_that_is_neither_there_nor_downloadable(
     call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import torchvision
-
     def no_network(*_arguments: object, **_named: object) -> None:
         raise urllib.error.URLError("no route to host")
 
-    monkeypatch.setattr(torchvision.datasets.utils, "_urlretrieve", no_network)
+    monkeypatch.setattr("urllib.request.urlopen", no_network)
     for dataset, layout in (("mnist", "MNIST/raw"), ("kmnist", "KMNIST/raw"), ("cifar10", "cifar-10-batches-py")):
         answer = call("train", f"dataset={dataset}", "dataset.root=here/data")
         assert f"here/data/{layout}/ with " in answer.error  # which folder and layout would be used
