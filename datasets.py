@@ -18,9 +18,13 @@ import gzip
 import math
 import os
 import pickle
+import shutil
+import socket
+import tempfile
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -223,19 +227,34 @@ def _read_pickle(path: Path) -> dict[str, Any]:
 
 
 def _download(name: str, root: str, layout: str) -> None:
-    """Fetch a data set with torchvision, which shows a progress bar and checks what arrives."""
+    """Fetch a data set with torchvision, which shows a progress bar and checks what arrives.
+
+    It arrives in a folder of its own and is moved to `root` once it is whole: a download that fails leaves nothing.
+    """
     from torchvision import datasets as torchvision_datasets  # takes a second to import, and is rarely needed
 
     fetch: Callable[..., Any] = getattr(torchvision_datasets, name)
     tried = ", ".join(getattr(fetch, "mirrors", None) or [getattr(fetch, "url", "its host")])
     print(f"{name} is not in {root!r}: downloading it from {tried}", flush=True)
+    made = [folder for folder in (Path(root), *Path(root).parents) if not folder.exists()]
+    patience = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(30)  # seconds without an answer; the default is to wait for ever
     try:
-        fetch(root, download=True)
+        Path(root).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=root, prefix=".download-") as arriving:
+            fetch(arriving, download=True)
+            shutil.copytree(arriving, root, dirs_exist_ok=True, copy_function=os.replace)
     except (OSError, RuntimeError) as error:
+        cause = one_line(error, 2000).rpartition("got: ")[2]
         raise RequestError(
-            f"{name} is not there and cannot be downloaded (tried {tried}: {one_line(error, 120)}); "
+            f"{name} is not there and cannot be downloaded (tried {tried}: {cause}); "
             f"put the files into {layout}, set dataset.root, or take dataset=digits, which needs nothing"
         ) from None
+    finally:
+        socket.setdefaulttimeout(patience)
+        for folder in made:
+            with suppress(OSError):  # not empty: the data is there
+                folder.rmdir()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
