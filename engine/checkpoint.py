@@ -7,10 +7,11 @@ A checkpoint is a dictionary: `model` is the plain state_dict; `config` the conf
 from __future__ import annotations
 
 import inspect
+import io
 import os
 import pickle
 import re
-import tempfile
+import shutil
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,16 +38,21 @@ def write(path: Path, checkpoint: dict[str, Any], keep: Path | None = None) -> N
     Raises:
         RunError: it cannot be written.
     """
-    temporary = None
+    content = io.BytesIO()
+    torch.save(checkpoint, content)  # to memory first: writing straight to a file, torch hides why it failed
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            temporary = Path(file.name)
-            torch.save(checkpoint, file)
+        with temporary.open("wb") as file:
+            file.write(content.getbuffer())
             file.flush()
             os.fsync(file.fileno())
         if keep is not None and path.exists():
             spare = temporary.with_suffix(".keep")
-            os.link(path, spare)  # so that there is a whole file under the name at every moment
+            spare.unlink(missing_ok=True)
+            try:
+                os.link(path, spare)  # so that there is a whole file under the name at every moment
+            except OSError:  # a file system without links
+                shutil.copyfile(path, spare)
             os.replace(spare, keep)
         os.replace(temporary, path)
         directory = os.open(path.parent, os.O_RDONLY)
@@ -54,9 +60,8 @@ def write(path: Path, checkpoint: dict[str, Any], keep: Path | None = None) -> N
             os.fsync(directory)
         finally:
             os.close(directory)
-    except (OSError, RuntimeError) as error:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
         raise RunError(f"{path}: cannot be written ({one_line(error)}); what was there before is unharmed") from None
 
 

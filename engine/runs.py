@@ -15,7 +15,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -63,9 +62,8 @@ def create(config: dict[str, Any]) -> Path:
     base = name or f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{config['choices']['model']}_{config['choices']['dataset']}"
     try:
         RUNS.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix=".new-", dir=RUNS))
-        draft.chmod(0o777 & ~_umask())
-        (draft / ".hydra").mkdir()
+        draft = RUNS / f".new-{socket.gethostname()}-{os.getpid()}-{time.time_ns()}"
+        (draft / ".hydra").mkdir(parents=True)
         runtime = HydraConfig.get()
         OmegaConf.save(OmegaConf.create(config), draft / ".hydra" / "config.yaml")
         OmegaConf.save(OmegaConf.create({"hydra": runtime}), draft / ".hydra" / "hydra.yaml")
@@ -88,7 +86,12 @@ def reopen(config: dict[str, Any]) -> Path:
         RequestError: it is in use.
     """
     directory = Path(config["resume"])
-    lock(directory)
+    try:
+        lock(directory)
+        for torn in directory.glob(".*.pt.*"):  # what a kill left of a file that was being written
+            torn.unlink()
+    except OSError as error:
+        raise RequestError(f"{directory}: cannot be written to ({one_line(error)}); copy it to where it can") from None
     return directory
 
 
@@ -123,12 +126,6 @@ def _claim(draft: Path, base: str, own_name: bool) -> Path:
                 shutil.rmtree(draft)
                 raise RequestError(f"name={base}: {directory} is taken; choose another name or remove it") from None
             number += 1
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _point_latest(directory: Path) -> None:

@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -209,19 +210,33 @@ def test_damaged_last_is_reported_and_the_one_before_used(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_says_how_to_go_on_and_leaves_nobody_behind(tmp_path: Path, number: int, code: int) -> None:
+    check_signal(tmp_path, number, code)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_twenty_times(tmp_path: Path, number: int, code: int) -> None:
+    seconds = [check_signal(tmp_path / str(repeat), number, code) for repeat in range(20)]
+    print(f"signal {number}: 20 of 20 saved, exit code {code}, nobody left behind, after at most {max(seconds):.1f} s")
+    assert max(seconds) < 5
+
+
+def check_signal(tmp_path: Path, number: int, code: int) -> float:
+    """Stop a run with workers by a signal to its group; returns how long it took to leave, in seconds."""
     recipe = ["epochs=500", "name=run", "num_workers=2", "dataset.train_transforms=[{RandomAffine:{degrees:10}}]"]
     command = start("train", *recipe, cwd=tmp_path)
     wait_for(lambda: "epoch   1/" in command.out)
     command.signal(number)
     began = time.monotonic()
-    assert command.wait(timeout=20) == code
-    print(f"left after {time.monotonic() - began:.2f} s")
+    assert command.wait(timeout=20) == code, command.err
+    seconds = time.monotonic() - began
     assert command.err.count("\n") == 1, command.err
     assert "resume=checkpoints/run" in command.err
     with pytest.raises(ProcessLookupError):
         os.killpg(command.pid, 0)
     saved = torch.load(tmp_path / "checkpoints/run/last.pt", weights_only=True)
     assert f"epoch {saved['progress']['epoch']}, step {saved['progress']['batch']}" in command.err
+    return seconds
 
 
 def wait_for(condition: Any, timeout: float = 60) -> None:
@@ -231,14 +246,16 @@ def wait_for(condition: Any, timeout: float = 60) -> None:
         time.sleep(0.02)
 
 
-def test_a_second_process_is_kept_out_and_told_by_whom(tmp_path: Path) -> None:
+@pytest.mark.parametrize("refusals", [1, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_second_process_is_kept_out_and_told_by_whom(tmp_path: Path, refusals: int) -> None:
     command = start("train", "epochs=5000", "name=run", cwd=tmp_path / "one")
     wait_for(lambda: "epoch    1/" in command.out)
     (tmp_path / "two").mkdir()
     (tmp_path / "two/checkpoints").symlink_to(tmp_path / "one/checkpoints")
-    second = run("train", "resume=checkpoints/run", cwd=tmp_path / "two")
-    assert second.wait() == 2
-    assert f"in use by pid {command.pid} on " in second.err
+    for _ in range(refusals):
+        second = run("train", "resume=checkpoints/run", cwd=tmp_path / "two")
+        assert second.wait() == 2
+        assert f"in use by pid {command.pid} on " in second.err
     command.signal(signal.SIGKILL)
     command.wait()
     third = run("train", "resume=checkpoints/run", "epochs=1", cwd=tmp_path / "two")
@@ -277,3 +294,26 @@ def test_same_seed_same_bits(tmp_path: Path) -> None:
     for name in ("one", "two"):
         assert run("train", "epochs=2", "name=run", "model=cnn", "deterministic=true", cwd=tmp_path / name).wait() == 0
     assert same(result(tmp_path / "one"), result(tmp_path / "two"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
+def test_a_full_and_a_read_only_file_system(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", disk], check=True)
+    try:
+        full = run("train", "epochs=5", "name=run", cwd=disk)
+        assert full.wait() == 1
+        assert "No space left on device" in full.err and full.err.count("\n") == 1
+        assert torch.load(disk / "checkpoints/run/last.pt", weights_only=True)["progress"]["epoch"] >= 2
+        subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+        outside = tmp_path / "outside"
+        outside.mkdir()
+        (outside / "checkpoints").symlink_to(disk / "checkpoints")
+        for arguments in (["name=other"], ["resume=checkpoints/run"]):
+            refused = run("train", "epochs=1", *arguments, cwd=outside)
+            assert refused.wait() == 2
+            assert "Read-only file system" in refused.err and refused.err.count("\n") == 1
+    finally:
+        subprocess.run(["umount", disk], check=True)
