@@ -8,6 +8,11 @@ validation part, `limit`, transforms, batches) is done elsewhere: adding one is 
 
 from __future__ import annotations
 
+from engine.config import launch
+
+if __name__ == "__main__":
+    launch("datasets")  # answers help, completion and typos, and only then imports torch and calls main() below
+
 import csv
 import gzip
 import math
@@ -54,6 +59,13 @@ class ImageData:
     test: Part
     classes: Sequence[str]
     sampler: Callable[[Tensor], Iterable[int]] | None = None
+
+
+def main(config: dict[str, Any]) -> None:
+    """Show a data set: `python datasets.py dataset=fashion_mnist`."""
+    from engine.samples import show  # it imports the loader, which imports this module
+
+    show(config)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -456,11 +468,11 @@ def csv_images(
         max_pixels: width times height allowed.
     """
     rows = _read_annotations(annotations_file, img_dir)
-    numbers = all(label.isdecimal() for _, _, label in rows) and not (classes and rows[0][2] in map(str, classes))
+    numbers = all(_is_number(label) for _, _, label in rows) and not (classes and rows[0][2] in map(str, classes))
     if classes:
         names = [str(name) for name in classes]
     elif numbers:
-        names = list(map(str, range(1 + min(10**6, max(int(label) for _, _, label in rows)))))
+        names = [str(n) for n in range(1 + min(10**6, max(int(label) for _, _, label in rows)))]
     else:
         names = sorted({label for _, _, label in rows})
     present = set(_labels_of(rows, names, numbers, annotations_file))
@@ -512,11 +524,15 @@ def _read_annotations(file: str, img_dir: str) -> list[tuple[int, str, str]]:
     return rows
 
 
+def _is_number(text: str) -> bool:
+    return text.removeprefix("-").isdecimal()
+
+
 def _labels_of(rows: list[tuple[int, str, str]], names: list[str], numbers: bool, file: str) -> list[int]:
     place = {name: label for label, name in enumerate(names)}
     labels = []
     for number, _, text in rows:
-        label = (int(text) if text.isdecimal() else -1) if numbers else place.get(text, -1)
+        label = (int(text) if _is_number(text) else -1) if numbers else place.get(text, -1)
         if not 0 <= label < len(names):
             some = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
             expected = f"0 to {len(names) - 1}" if numbers else f"one of {some}"
