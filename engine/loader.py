@@ -466,6 +466,8 @@ class Batches:
         Raises:
             RunError: samples that cannot be read, or do not fit together.
         """
+        if start and start >= len(self):
+            return  # resumed where the last batch was done
         target_transform = self.split.target_transform if self.training else None
         first = start * self.batch_size
         order = None if self._stream is not None else self.order(epoch)[first : len(self) * self.batch_size]
