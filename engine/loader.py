@@ -224,7 +224,7 @@ def _from_cache(splits: dict[str, Split], settings: dict[str, Any]) -> dict[str,
 
 
 def fingerprint(splits: dict[str, Split]) -> str:
-    """What tells a data set from another one: the number of samples of each split, and a checksum of labels and order."""
+    """What tells a data set from another: the number of samples of each split, and a checksum of labels and order."""
     texts = []
     for name, split in splits.items():
         labels = _labels(split.part)

@@ -44,7 +44,7 @@ def adopt(config: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
         overrides: the command line, with the run's choices put in.
 
     Returns:
-        the run's own configuration with what was typed in its place; `changed` lists the differences that end exactness.
+        the run's own configuration with what was typed in its place; `changed` lists what ends exactness.
 
     Raises:
         RequestError: there are such differences, and not `resume_changed=true`.

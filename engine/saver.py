@@ -1,8 +1,8 @@
 """Saving a run while it trains, so that it can be killed at any moment and go on with the same bits.
 
-Everything that continuing needs is a part with `state_dict()` and `load_state_dict()`: model, optimizer, schedule, tally,
-progress, random states. last.pt holds them all as data. It is written between two steps: every epoch, every so many
-minutes or steps, and when the run is told to stop.
+Everything that continuing needs is a part with `state_dict()` and `load_state_dict()`: model, optimizer, schedule,
+tally, progress, random states. last.pt holds them all as data. It is written between two steps: every epoch, every so
+many minutes or steps, and when the run is told to stop.
 """
 
 from __future__ import annotations
@@ -276,7 +276,8 @@ class Saver:
     def _compare(self, saved: dict[str, Any], changed: list[str]) -> None:
         if saved["data"] != self.about["data"] and not changed:
             raise RequestError(
-                f"{self.directory}: the data is another than it was started with: {saved['data']} -> {self.about['data']}; "
+                f"{self.directory}: the data is another than it was started with: "
+                f"{saved['data']} -> {self.about['data']}; "
                 "resume_changed=true goes on all the same"
             )
         before, now = saved["environment"], self.about["environment"]

@@ -89,7 +89,7 @@ class EveryEpoch:
 
 
 def build_schedule(settings: dict[str, Any], optimizer: Optimizer, epochs: int, steps_per_epoch: int) -> Any:
-    """The schedule that the configuration names: one that takes `total_steps` is stepped every step, others every epoch.
+    """The schedule a configuration names; one that takes `total_steps` is stepped every step, others every epoch.
 
     Raises:
         RequestError: it does not fit its settings, or follows a metric.

@@ -127,7 +127,7 @@ class Shell:
 
 
 def hostile(mark: str) -> dict[str, Any]:
-    """Checkpoints made to hurt; `mark` is the file that appears when one succeeds. As objects to torch.save, or bytes."""
+    """Checkpoints made to hurt, as objects to torch.save or bytes; `mark` is the file that appears if one succeeds."""
     touch = f"touch {mark}"
     shells: dict[str, Any] = {
         f"target {target}": small(config__model={"_target_": target, **arguments})
