@@ -75,7 +75,7 @@ def fashion_mnist(root: str) -> ImageData:
 
 def kmnist(root: str) -> ImageData:
     """Cursive Japanese characters (Clanuwat et al., arXiv:1812.01718)."""
-    return _mnist_family("KMNIST", root, "o ki su tsu na ha ma ya re wo".split())
+    return _mnist_family("KMNIST", root, ["o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo"])
 
 
 def _mnist_family(name: str, root: str, classes: list[str], also: Path | None = None) -> ImageData:

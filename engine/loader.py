@@ -7,15 +7,16 @@ number of workers, the batch size and where a run was resumed change neither.
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
-from torch.utils.data import Dataset as TorchDataset
 
 import datasets
 from engine.augment import BATCH_TRANSFORMS, Draws, sample_seed
@@ -59,12 +60,15 @@ class Split:
         return -1 if self.indices is None else len(self.indices)
 
 
-def load_splits(settings: dict[str, Any], only: str | None = None) -> tuple[dict[str, Split], list[str]]:
+def load_splits(
+    settings: dict[str, Any], only: str | None = None, target: Any = None
+) -> tuple[dict[str, Split], list[str]]:
     """Read a data set and hold out its validation part.
 
     Args:
         settings: the dataset group of the configuration.
         only: leave out every split but this one.
+        target: the function that `_target_` means, where that was already decided.
 
     Returns:
         the splits train, val (absent with `val_fraction: 0`) and test; the class names.
@@ -73,7 +77,7 @@ def load_splits(settings: dict[str, Any], only: str | None = None) -> tuple[dict
         RequestError: the data is not there, is damaged, or has labels outside its classes.
     """
     own = {key: value for key, value in settings.items() if key not in COMMON}
-    data = build(own, "dataset")
+    data = build(own, "dataset", target=target)
     if not isinstance(data, datasets.ImageData):
         raise RequestError(f"{settings['_target_']} returned {type(data).__name__}; expected datasets.ImageData")
     classes = [str(name) for name in data.classes]
@@ -101,6 +105,19 @@ def load_splits(settings: dict[str, Any], only: str | None = None) -> tuple[dict
         if len(split) == 0:
             raise RequestError(f"dataset: the {name} split is empty ({everything} training samples were found)")
     return splits if only is None else {name: split for name, split in splits.items() if name == only}, classes
+
+
+def fingerprint(splits: dict[str, Split]) -> str:
+    """What tells a data set from another one: the number of samples of each split, and a checksum of labels and order."""
+    texts = []
+    for name, split in splits.items():
+        labels = _labels(split.part)
+        checksum = 0
+        if split.indices is not None:
+            chosen = split.indices if labels is None else labels[split.indices]
+            checksum = zlib.crc32(np.ascontiguousarray(chosen.numpy()).tobytes())
+        texts.append(f"{name} {len(split)} {checksum:08x}")
+    return ", ".join(texts)
 
 
 def _check_part(part: Any, name: str, classes: list[str]) -> None:

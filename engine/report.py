@@ -158,6 +158,12 @@ def curves(history: Sequence[dict[str, Any]], path: Path) -> bool:
 class LiveCurves:
     """curves.png, kept current during training for at most a hundredth of its time.
 
+    with LiveCurves(directory / "curves.png") as live:
+        for ...:
+            live.update(history)  # after an epoch; draws when enough time has passed to pay for it
+
+    What is not drawn yet is drawn at the end, also when the run was stopped or failed.
+
     Args:
         path: of the PNG.
         share: of the run's time that drawing may take, above 0.
@@ -168,19 +174,28 @@ class LiveCurves:
     def __init__(self, path: Path, share: float = 0.01) -> None:
         self.path, self.share = path, share
         self.due = time.perf_counter() + self.FIRST_SECONDS / share
+        self.history: Sequence[dict[str, Any]] = ()
+        self.waiting = False
         self.failed = False
 
     def update(self, history: Sequence[dict[str, Any]]) -> None:
-        """After an epoch: draw if enough time has passed to pay for it."""
+        """Take in the rows of metrics.csv, and draw them if it is time."""
+        self.history, self.waiting = history, True
         if time.perf_counter() >= self.due and not self.failed:
-            self.draw(history)
+            self._draw()
 
-    def draw(self, history: Sequence[dict[str, Any]]) -> None:
-        """Draw now, as at the end of a run."""
+    def _draw(self) -> None:
         began = time.perf_counter()
-        self.failed = not curves(history, self.path)  # said once, not after every epoch
+        self.failed = not curves(self.history, self.path)  # said once, not after every epoch
         ended = time.perf_counter()
-        self.due = ended + (ended - began) / self.share
+        self.due, self.waiting = ended + (ended - began) / self.share, False
+
+    def __enter__(self) -> LiveCurves:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.waiting and not self.failed:
+            self._draw()
 
 
 def curves_figure(history: Sequence[dict[str, Any]], name: str) -> Figure:
