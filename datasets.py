@@ -2,21 +2,27 @@
 
 A function takes the settings of its YAML and returns an `ImageData`. What every dataset has in common (holding out a
 validation part, `limit`, transforms, batches) is done elsewhere, so that adding one is a function here and a YAML there.
+
+`python datasets.py dataset=...` shows one: a picture of training samples, counts per class, mean and deviation.
 """
 
 from __future__ import annotations
 
+import csv
 import gzip
 import math
+import os
 import pickle
 import zlib
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -31,13 +37,19 @@ class ImageData:
 
     Attributes:
         train, test: `(images, labels)` in memory, uint8 `[n, channels, height, width]` and int64 `[n]`; or a
-            `torch.utils.data.Dataset` of `(image, label)`, its images uint8 `[channels, height, width]` (or float, 0 to 1).
+            `torch.utils.data.Dataset` of `(image, label)`, its images uint8 `[channels, height, width]` (or float, 0 to
+            1), its labels class indices or probabilities `[num_classes]`. The labels of a map-style one are in
+            `.targets` where they can be had without reading the samples; validation is then held out class by class.
         classes: the class names; label `i` means `classes[i]`.
+        sampler: for an order of training samples other than a shuffle: called every epoch with the indices of the
+            training samples (int64 `[n]`, without those held out for validation), returns a `torch` Sampler or any
+            iterable of a length, of places in that list: `lambda indices: WeightedRandomSampler(weights[indices], 1000)`.
     """
 
     train: Part
     test: Part
     classes: Sequence[str]
+    sampler: Callable[[Tensor], Iterable[int]] | None = None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -212,3 +224,76 @@ def _download(name: str, root: str, layout: str) -> None:
             f"{name} is not there and cannot be downloaded (tried {tried}: {one_line(error, 120)}); "
             f"put the files into {layout}, set dataset.root, or take dataset=digits, which needs nothing"
         ) from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Image files
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+MAX_PIXELS = 64_000_000  # more in one file is taken for a decompression bomb; 8000x8000
+
+
+def read_image(
+    path: str | os.PathLike[str],
+    channels: int = 3,
+    max_pixels: int = MAX_PIXELS,
+    at_least: tuple[int, int] | None = None,
+) -> Tensor:
+    """An image file as it is meant to be seen, uint8 `[channels, height, width]`.
+
+    EXIF rotation is applied, palettes are looked up, transparency is laid on white, 16 bits are scaled to 8, of an
+    animation the first picture counts.
+
+    Args:
+        path: JPEG, PNG, WebP, BMP, GIF, TIFF, or whatever else Pillow reads.
+        channels: 1 for grey, 3 for RGB.
+        max_pixels: width times height allowed.
+        at_least: (height, width) that it will be resized to: a JPEG of more than four times these pixels a side may be
+            decoded at a half, a quarter or an eighth of its size, which saves most of the work (the decoder averages
+            within its 8x8 blocks; Pillow's `thumbnail` does the same with the same margin).
+
+    Raises:
+        RequestError: it cannot be read, or is larger than `max_pixels`.
+    """
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # ours names the size and the file
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd metadata, which does not matter here
+            with Image.open(path) as image:
+                width, height = image.size
+                if width * height > max_pixels:
+                    raise RequestError(
+                        f"{path}: {width}x{height} pixels are more than the {max_pixels:,} allowed; "
+                        "make it smaller, remove it, or raise dataset.max_pixels"
+                    )
+                if at_least is not None and image.format == "JPEG":
+                    side = 2 * max(at_least)  # square, as EXIF may still turn it
+                    image.draft("L" if channels == 1 and image.mode == "L" else "RGB", (side, side))
+                pixels = _eight_bits(ImageOps.exif_transpose(image), channels)
+    except RequestError:
+        raise
+    except FileNotFoundError:
+        raise RequestError(f"{path}: no such image file") from None
+    except Exception as error:  # a damaged file can raise nearly anything
+        reason = one_line(error, 120).replace(f"'{path}'", "it")
+        raise RequestError(
+            f"{path}: cannot be read as an image ({reason}); replace or remove it, or set dataset.skip_unreadable=true"
+        ) from None
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+    tensor = torch.from_numpy(pixels)
+    return tensor.unsqueeze(0) if channels == 1 else tensor.permute(2, 0, 1)
+
+
+def _eight_bits(image: Image.Image, channels: int) -> np.ndarray:
+    """Pixels of a Pillow image of any mode, uint8 `[height, width]` for one channel, else `[height, width, 3]`."""
+    if image.mode in ("F", "I") or image.mode.startswith("I;16"):
+        deep = np.asarray(image)
+        if image.mode == "F" or deep.min() < 0 or deep.max() > 65535:
+            raise ValueError("its pixels are 32 bits wide and of no known range; save it with 8 or 16 bits")
+        grey = ((deep.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
+        return grey if channels == 1 else np.repeat(grey[:, :, None], 3, axis=2)
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        coloured = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), coloured)
+    return np.array(image.convert("L" if channels == 1 else "RGB"))  # a copy, as Pillow's own memory is read-only
