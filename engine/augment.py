@@ -74,10 +74,6 @@ class Normalize:
             raise ValueError(f"mean has {self.mean.shape[1]} values, but images have {images.shape[1]} channels")
         return images.sub_(self.mean).div_(self.std)
 
-    def undo(self, images: Tensor) -> Tensor:
-        """The images as they were before, 0 to 1, for looking at."""
-        return images * self.std.to(images.device) + self.mean.to(images.device)
-
 
 class RandomHorizontalFlip:
     """Mirror left to right with probability `p`."""

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
+from engine.augment import Normalize
 from engine.errors import one_line
 from engine.runs import log
 
@@ -450,20 +451,19 @@ def mistakes(
     """Draw the most confident errors, in the order given: each image, what it is and what it was taken for.
 
     Args:
-        images: `[n, channels, height, width]`, uint8, or floats that are 0 to 1 once `transforms` are undone; at most
-            the first 24 are drawn.
+        images: `[n, channels, height, width]`, uint8, or floats that are 0 to 1 once `Normalize` is undone; at most the
+            first 24 are drawn.
         truths, predictions: class indices `[n]`.
         probabilities: of the predictions, `[n]`, 0 to 1.
         classes: the names.
         path: of the PNG.
-        transforms: what was done to the images; of these, those that can undo themselves (`Normalize`) are undone.
+        transforms: what was done to the images; of this, `Normalize` is undone.
 
     Returns:
         whether it was drawn; if not, the reason is in the log.
     """
-    for transform in reversed(transforms):
-        images = transform.undo(images) if hasattr(transform, "undo") else images
-    return _draw(path, mistakes_figure, images, truths.tolist(), predictions.tolist(), probabilities.tolist(), classes)
+    told = truths.tolist(), predictions.tolist(), probabilities.tolist()
+    return _draw(path, mistakes_figure, images, *told, classes, transforms)
 
 
 def mistakes_figure(
@@ -472,8 +472,12 @@ def mistakes_figure(
     predictions: Sequence[int],
     probabilities: Sequence[float],
     classes: Sequence[str],
+    transforms: Sequence[Any] = (),
 ) -> Figure:
     """The figure of `mistakes`."""
+    for transform in reversed(transforms):
+        if isinstance(transform, Normalize):
+            images = images * transform.std.cpu() + transform.mean.cpu()
     number, tile, picture, size = min(24, len(truths)), 210, 150, 9
     columns = max(3, min(6, number))
     rows, row_height = -(-number // columns), picture + 76
