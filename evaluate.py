@@ -14,7 +14,7 @@ from torch import nn
 from engine import checkpoint, report, runs
 from engine.config import build, check_value, known_settings
 from engine.errors import RequestError
-from engine.loader import Batches, choose_device, load_splits
+from engine.loader import Batches, choose_device, load_splits, parse_transforms
 from engine.metrics import Mistakes, accuracy, evaluate, per_class
 
 
@@ -61,7 +61,8 @@ def main(config: dict[str, Any]) -> float:
         },
     )
     report.confusion(confusion, classes, report.beside(output, "confusion"))
-    report.mistakes(*mistakes.read(), classes, report.beside(output, "mistakes"), batches.transforms)
+    transforms = parse_transforms(config["dataset"]["eval_transforms"], "dataset.eval_transforms")
+    report.mistakes(*mistakes.read(), classes, report.beside(output, "mistakes"), transforms)
     print(f"\nwritten to {output}, its pictures beside it")
     return accuracy(confusion)
 

@@ -14,6 +14,7 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from glob import glob, has_magic
 from pathlib import Path
@@ -26,9 +27,9 @@ from tqdm import tqdm
 
 from datasets import read_image
 from engine import checkpoint, runs
-from engine.augment import Draws, Normalize
+from engine.augment import Draws, Normalize, PerImage, Resize, apply, own_randomness, resized_to, to_float
 from engine.errors import RequestError, RunError, one_line
-from engine.loader import choose_device, parse_transforms, to_float
+from engine.loader import choose_device, parse_transforms
 
 FEW = 100  # images that are read before worker processes would have started
 
@@ -60,7 +61,7 @@ def main(config: dict[str, Any]) -> None:
     with checkpoint.interpreting(path):
         model = checkpoint.build_model(saved, path).to(device).eval()
         classes: list[str] = saved["classes"]
-        images = Images(paths, tuple(saved["input_shape"]), saved["config"]["dataset"]["eval_transforms"])
+        images = Images(paths, saved["input_shape"], saved["config"]["dataset"]["eval_transforms"])
         batch_size = config["batch_size"] or saved["config"]["batch_size"]
     shape = "x".join(map(str, saved["input_shape"]))
     print(f"{path}, {len(classes)} classes, images {shape}, on {device}", file=sys.stderr)
@@ -94,14 +95,14 @@ class Prediction:
         true: the class that its folder is named after, if any.
         ranked: class and probability (0 to 1), the likeliest first; empty if there is an error.
         error: why it could not be predicted.
-        size: its (height, width), if it had to be brought to the model's.
+        scaled: whether its size is not the model's, and `eval_transforms` do not say how to change it.
     """
 
     image: str
     true: str | None
     ranked: list[tuple[str, float]]
     error: str | None = None
-    size: tuple[int, int] | None = None
+    scaled: bool = False
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -153,51 +154,54 @@ class Images(Dataset):
     Args:
         paths: the files.
         input_shape: the model's (channels, height, width).
-        listed: the checkpoint's `eval_transforms`. What comes before `Normalize` is done here, in the process that
-            reads, the rest in batches on the device.
+        listed: the checkpoint's `eval_transforms`; a list without Resize gets one to the model's size first. What comes
+            before `Normalize` is done here, in the process that reads, the rest in batches on the device.
     """
 
-    def __init__(self, paths: Sequence[Path], input_shape: tuple[int, int, int], listed: Sequence[Any]) -> None:
-        self.paths, self.input_shape = paths, input_shape
+    def __init__(self, paths: Sequence[Path], input_shape: Sequence[int], listed: Sequence[Any]) -> None:
+        self.paths, self.input_shape = paths, tuple(input_shape)
         transforms = parse_transforms(listed, "dataset.eval_transforms")
-        cut = next((i for i, t in enumerate(transforms) if isinstance(t, Normalize) or t.needs_float), len(transforms))
-        self.for_image, self.for_batch = transforms[:cut], transforms[cut:]
+        self.scales = not any(isinstance(transform, (Resize, PerImage)) for transform in transforms)
+        if self.scales:
+            transforms.insert(0, Resize(list(input_shape[1:])))
+        self.at_least = resized_to(transforms)
+        numbered = list(enumerate(transforms))
+        cut = next((n for n, t in numbered if isinstance(t, Normalize) or t.needs_float), len(numbered))
+        if any(isinstance(transform, PerImage) for transform in transforms[cut:]):
+            cut = len(numbered)  # those see one image at a time
+        self.for_image, self.for_batch = numbered[:cut], numbered[cut:]
+        self.seeds = any(isinstance(transform, PerImage) for transform in transforms)
 
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index: int) -> tuple[int, Tensor | str, tuple[int, int] | None]:
-        """Index, the image as uint8 `[channels, height, width]` or why there is none, its size if that was changed."""
+    def __getitem__(self, index: int) -> tuple[int, Tensor | str, bool]:
+        """Index, the image `[channels, height, width]` or why there is none, whether a Resize was put in for it."""
         try:
-            image = read_image(self.paths[index], self.input_shape[0])
-        except RequestError as error:
+            image = read_image(self.paths[index], self.input_shape[0], at_least=self.at_least)
+            scaled = self.scales and tuple(image.shape) != self.input_shape
+            draws = Draws(0, 0, torch.tensor([index]))
+            with own_randomness() if self.seeds else nullcontext():
+                image = apply(self.for_image, image[None], draws)[0]
+        except RunError as error:
             advice = "; replace or remove it"  # what a data set would need; here the others are predicted
-            return index, str(error).removeprefix(f"{self.paths[index]}: ").partition(advice)[0], None
-        images = image[None]
-        for transform in self.for_image:
-            images = transform(images, Draws(0, 0, torch.tensor([index])))
-        size = (images.shape[2], images.shape[3])
-        if size == self.input_shape[1:]:
-            return index, images[0], None
-        images = nn.functional.interpolate(images, self.input_shape[1:], mode="bilinear", antialias=True)
-        return index, images[0], size
+            return index, str(error).removeprefix(f"{self.paths[index]}: ").partition(advice)[0], False
+        if tuple(image.shape) != self.input_shape:
+            return index, f"comes out as {list(image.shape)}, the model takes {list(self.input_shape)}", False
+        return index, image, scaled
 
     def on_device(self, images: Tensor, indices: Tensor, device: torch.device) -> Tensor:
         """A batch of images as the model gets them, floats `[batch, channels, height, width]`."""
-        images = to_float(images.to(device, non_blocking=True))
-        draws = Draws(0, 0, indices)
-        for transform in self.for_batch:
-            images = transform(images, draws)
-        return images
+        return to_float(apply(self.for_batch, images.to(device, non_blocking=True), Draws(0, 0, indices)))
 
 
-About = tuple[int, str | None, tuple[int, int] | None]  # of an image: index, why it cannot be read, size before scaling
+About = tuple[int, str | None, bool]  # of an image: its index, why it cannot be read, whether it was scaled
 
 
-def collate(samples: Sequence[tuple[int, Tensor | str, Any]]) -> tuple[Tensor | None, list[About]]:
+def collate(samples: Sequence[tuple[int, Tensor | str, bool]]) -> tuple[Tensor | None, list[About]]:
     """The images that could be read, as one tensor, which travels between processes at once; what is known of all."""
     tensors = [image for _, image, _ in samples if isinstance(image, Tensor)]
-    about = [(index, image if isinstance(image, str) else None, size) for index, image, size in samples]
+    about = [(index, image if isinstance(image, str) else None, scaled) for index, image, scaled in samples]
     return torch.stack(tensors) if tensors else None, about
 
 
@@ -223,8 +227,8 @@ def predicted(
         for pixels, about in loader:
             ranked = iter(classify(model, images, pixels, about, classes, top_k, device))
             yield [
-                Prediction(str(images.paths[i]), truths[i], [] if error else next(ranked), error, size)
-                for i, error, size in about
+                Prediction(str(images.paths[i]), truths[i], [] if error else next(ranked), error, scaled)
+                for i, error, scaled in about
             ]
     except torch.OutOfMemoryError:
         raise RunError(f"batch_size={batch_size}: too much for the memory of {device}; try {batch_size // 2}") from None
@@ -317,7 +321,7 @@ def check_output(output: Path | None) -> None:
 
 
 def finish(
-    predictions: Sequence[Prediction], problems: Sequence[str], output: Path | None, input_shape: tuple[int, int, int]
+    predictions: Sequence[Prediction], problems: Sequence[str], output: Path | None, input_shape: tuple[int, ...]
 ) -> None:
     """Write the output, sum up, and let the exit code tell whether everything was predicted.
 
@@ -335,14 +339,10 @@ def finish(
         except OSError as error:
             raise RunError(f"{output}: cannot be written ({one_line(error)})") from None
         print(f"written to {output}", file=sys.stderr)
-    resized = [prediction for prediction in done if prediction.size]
-    if resized:
-        (height, width), (_, *own) = resized[0].size, input_shape  # type: ignore[misc]
-        print(
-            f"{len(resized):,} of {len(done):,} images were scaled to the {own[0]}x{own[1]} of the model "
-            f"({resized[0].image}: {height}x{width}); its eval_transforms have no Resize",
-            file=sys.stderr,
-        )
+    scaled = sum(prediction.scaled for prediction in done)
+    if scaled:
+        size = "x".join(map(str, input_shape[1:]))
+        print(f"{scaled:,} of {len(done):,} images were scaled to the {size} pixels of the model", file=sys.stderr)
     known = [prediction for prediction in done if prediction.true is not None]
     if known:
         right = sum(prediction.true == prediction.ranked[0][0] for prediction in known)
