@@ -90,9 +90,9 @@ def settings_for(saved: dict[str, Any], config: dict[str, Any], path: Path) -> d
         choices["dataset"] = config["choices"]["dataset"]
     else:
         known = known_settings("dataset", choices["dataset"], own["dataset"])
-        for key, value in asked_dataset.items():
-            check_value(f"dataset.{key}", value, known)
         dataset = {**own["dataset"], **asked_dataset}
+        for key, value in dataset.items():
+            check_value(f"dataset.{key}", value, known)
     return {
         **config,
         "dataset": dataset,

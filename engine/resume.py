@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from typing import Any
 
@@ -50,7 +51,7 @@ def adopt(config: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
     """
     directory = runs.find(config["resume"])
     own = runs.read_config(directory)
-    result = {key: own.get(key, value) for key, value in config.items()}
+    result = {key: copy.deepcopy(own.get(key, value)) for key, value in config.items()}
     for override in overrides:
         name = override.split("=", 1)[0].lstrip("+~")
         if name in own["choices"]:
