@@ -12,6 +12,7 @@ import csv
 import io
 import json
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
@@ -184,8 +185,9 @@ class Images(Dataset):
             with own_randomness() if self.seeds else nullcontext():
                 image = apply(self.for_image, image[None], draws)[0]
         except RunError as error:
-            advice = "; replace or remove it"  # what a data set would need; here the others are predicted
-            return index, str(error).removeprefix(f"{self.paths[index]}: ").partition(advice)[0], False
+            reason = str(error).removeprefix(f"{self.paths[index]}: ")
+            reason = re.split("; (?:replace|make it) ", reason)[0]  # advice for a data set; here the others go on
+            return index, reason, False
         if tuple(image.shape) != self.input_shape:
             return index, f"comes out as {list(image.shape)}, the model takes {list(self.input_shape)}", False
         return index, image, scaled

@@ -210,7 +210,7 @@ def curves_figure(history: Sequence[dict[str, Any]], name: str) -> Figure:
     if not history:
         raise ValueError("no epoch has ended yet")
     figure = _new_figure(1350, 450)
-    panels = [_pixel_axes(figure, 65 + 445 * place, 58, 372, 312) for place in range(3)]
+    panels = [_pixel_axes(figure, 80 + 443 * place, 58, 360, 312) for place in range(3)]
     epochs = [row["epoch"] for row in history]
     marker = "o" if len(epochs) <= 30 else None
     lines = (
@@ -406,17 +406,19 @@ def _write_lists(page: _Page, counts: np.ndarray, classes: Sequence[str], left: 
 
 def _write_recalls(page: _Page, counts: np.ndarray, classes: Sequence[str], left: float, top: float) -> None:
     """Number, name, recall and counts of every class, in four columns."""
-    rates = _rates(counts).diagonal()
+    rates, totals = _rates(counts).diagonal(), counts.sum(1)
+    told = [f"{_count(right)}/{_count(total)}" for right, total in zip(counts.diagonal(), totals, strict=True)]
     lines = -(-len(classes) // 4)
     column = (page.width - left - 20) / 4
+    at_counts = column - 16
+    at_rate = at_counts - max(_width(text, 9) for text in told) - 12
     page.write(left, top + 10, "Recall of each class", 10, bold=True)
     for place, name in enumerate(classes):
         x, y = left + place // lines * column, top + 36 + 17 * (place % lines)
-        told = f"{_count(counts[place, place])}/{_count(counts[place].sum())}"
         page.write(x + 22, y, str(place), ha="right", color=GREY)
-        page.write(x + 30, y, _fitted(name, 9, column - 165))
-        page.write(x + column - 82, y, _percent(rates[place]) if counts[place].sum() else "", ha="right")
-        page.write(x + column - 16, y, told, ha="right", color=GREY)
+        page.write(x + 30, y, _fitted(name, 9, at_rate - 50 - 30))
+        page.write(x + at_rate, y, _percent(rates[place]) if totals[place] else "", ha="right")
+        page.write(x + at_counts, y, told[place], ha="right", color=GREY)
 
 
 def _rgb(color: str) -> np.ndarray:
