@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from datasets import read_image
+from datasets import MAX_PIXELS, read_image
 from engine import checkpoint, runs
 from engine.augment import Draws, Normalize, PerImage, Resize, apply, own_randomness, resized_to, to_float
 from engine.errors import RequestError, RunError, one_line
@@ -62,7 +62,7 @@ def main(config: dict[str, Any]) -> None:
     with checkpoint.interpreting(path):
         model = checkpoint.build_model(saved, path).to(device).eval()
         classes: list[str] = saved["classes"]
-        images = Images(paths, saved["input_shape"], saved["config"]["dataset"]["eval_transforms"])
+        images = Images(paths, saved["input_shape"], saved["config"]["dataset"])
         batch_size = config["batch_size"] or saved["config"]["batch_size"]
     shape = "x".join(map(str, saved["input_shape"]))
     print(f"{path}, {len(classes)} classes, images {shape}, on {device}", file=sys.stderr)
@@ -155,13 +155,15 @@ class Images(Dataset):
     Args:
         paths: the files.
         input_shape: the model's (channels, height, width).
-        listed: the checkpoint's `eval_transforms`; a list without Resize gets one to the model's size first. What comes
-            before `Normalize` is done here, in the process that reads, the rest in batches on the device.
+        dataset: the checkpoint's settings of its data; `eval_transforms` without Resize get one to the model's size
+            first. What comes before `Normalize` is done here, in the process that reads, the rest in batches on the
+            device.
     """
 
-    def __init__(self, paths: Sequence[Path], input_shape: Sequence[int], listed: Sequence[Any]) -> None:
+    def __init__(self, paths: Sequence[Path], input_shape: Sequence[int], dataset: dict[str, Any]) -> None:
         self.paths, self.input_shape = paths, tuple(input_shape)
-        transforms = parse_transforms(listed, "dataset.eval_transforms")
+        self.max_pixels = dataset.get("max_pixels", MAX_PIXELS)
+        transforms = parse_transforms(dataset["eval_transforms"], "dataset.eval_transforms")
         self.scales = not any(isinstance(transform, (Resize, PerImage)) for transform in transforms)
         if self.scales:
             transforms.insert(0, Resize(list(input_shape[1:])))
@@ -179,7 +181,7 @@ class Images(Dataset):
     def __getitem__(self, index: int) -> tuple[int, Tensor | str, bool]:
         """Index, the image `[channels, height, width]` or why there is none, whether a Resize was put in for it."""
         try:
-            image = read_image(self.paths[index], self.input_shape[0], at_least=self.at_least)
+            image = read_image(self.paths[index], self.input_shape[0], self.max_pixels, self.at_least)
             scaled = self.scales and tuple(image.shape) != self.input_shape
             draws = Draws(0, 0, torch.tensor([index]))
             with own_randomness() if self.seeds else nullcontext():

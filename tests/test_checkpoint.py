@@ -209,9 +209,7 @@ def zipped(files: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> by
     return raw.getvalue()
 
 
-def test_hostile_files_are_refused_in_one_line_and_run_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_hostile_files_are_refused_in_one_line_and_run_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECRET", "swordfish")
     mark = tmp_path / "it-ran"
     files = hostile(str(mark))

@@ -81,7 +81,7 @@ def assert_readable(figure: Figure) -> None:
     width, height = figure.get_size_inches() * report.DPI
     for text, (left, bottom, right, top) in zip(shown, boxes, strict=True):
         assert left >= 0 and bottom >= 0 and right <= width and top <= height, f"{text.get_text()!r} is cut off"
-        assert text.get_fontsize() >= 8, f"{text.get_text()!r} is {text.get_fontsize()} points"
+        assert float(text.get_fontsize()) >= 8, f"{text.get_text()!r} is {text.get_fontsize()} points"
     straight = np.array([text.get_rotation() in (0, 90) for text in shown])  # the others' boxes say little
     boxes = boxes[straight]
     shown = [text for text, is_straight in zip(shown, straight, strict=True) if is_straight]
@@ -135,7 +135,9 @@ def test_curves_show_the_history(tmp_path: Path) -> None:
     with report.house_style():
         figure = report.curves_figure(rows, "run")
     shown = {
-        (axes.get_title(loc="left"), line.get_label()): line.get_ydata() for axes in figure.axes for line in axes.lines
+        (axes.get_title(loc="left"), line.get_label()): np.asarray(line.get_ydata()).tolist()
+        for axes in figure.axes
+        for line in axes.lines
     }
     assert set(shown) == {
         ("Loss", "training"),
@@ -144,9 +146,9 @@ def test_curves_show_the_history(tmp_path: Path) -> None:
         ("Accuracy", "validation"),
         ("Learning rate", "learning rate"),
     }
-    assert list(shown["Loss", "validation"]) == [row["val_loss"] for row in rows]
-    assert list(shown["Accuracy", "training"]) == [row["train_accuracy"] for row in rows]
-    assert list(shown["Learning rate", "learning rate"]) == [row["lr"] for row in rows]
+    assert shown["Loss", "validation"] == [row["val_loss"] for row in rows]
+    assert shown["Accuracy", "training"] == [row["train_accuracy"] for row in rows]
+    assert shown["Learning rate", "learning rate"] == [row["lr"] for row in rows]
     assert "in epoch 5 of 5" in figure.texts[0].get_text()
 
     assert report.curves(rows, tmp_path / "curves.png")
@@ -216,7 +218,9 @@ def test_small_confusion_tells_counts_and_rates() -> None:
     matrix = np.array([[3, 1, 0], [0, 1000, 0], [0, 0, 0]])
     with report.house_style():
         figure = report.confusion_figure(matrix, ["cat", "dog", "cow"])
-    cells = {(text.get_position()[0], round(text.get_position()[1])): [] for text in figure.axes[0].texts}
+    cells: dict[Any, list[str]] = {
+        (text.get_position()[0], round(text.get_position()[1])): [] for text in figure.axes[0].texts
+    }
     for text in figure.axes[0].texts:
         cells[text.get_position()[0], round(text.get_position()[1])].append(text.get_text())
     assert cells == {(0, 0): ["3", "75.0%"], (1, 0): ["1", "25.0%"], (1, 1): ["1,000", "100%"]}
@@ -265,7 +269,7 @@ def test_mistakes_show_the_images_before_normalising() -> None:
     with report.house_style():
         figure = report.mistakes_figure(normalize(images.clone()), [0, 1, 2], [1, 2, 0], [0.9] * 3, "abc", [normalize])
     for image, axes in zip(images, figure.axes, strict=True):
-        np.testing.assert_allclose(axes.images[0].get_array(), image.permute(1, 2, 0).numpy(), atol=1e-6)
+        np.testing.assert_allclose(np.asarray(axes.images[0].get_array()), image.permute(1, 2, 0).numpy(), atol=1e-6)
 
 
 def test_mistakes_are_the_most_confident_errors() -> None:
