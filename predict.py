@@ -15,7 +15,6 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from glob import glob, has_magic
 from pathlib import Path
@@ -173,7 +172,7 @@ class Images(Dataset):
         if any(isinstance(transform, PerImage) for transform in transforms[cut:]):
             cut = len(numbered)  # those see one image at a time
         self.for_image, self.for_batch = numbered[:cut], numbered[cut:]
-        self.seeds = any(isinstance(transform, PerImage) for transform in transforms)
+        self.random = any(transform.random for transform in transforms)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -183,9 +182,7 @@ class Images(Dataset):
         try:
             image = read_image(self.paths[index], self.input_shape[0], self.max_pixels, self.at_least)
             scaled = self.scales and tuple(image.shape) != self.input_shape
-            draws = Draws(0, 0, torch.tensor([index]))
-            with own_randomness() if self.seeds else nullcontext():
-                image = apply(self.for_image, image[None], draws)[0]
+            image = self._transformed(self.for_image, image[None], index)[0]
         except RunError as error:
             reason = str(error).removeprefix(f"{self.paths[index]}: ")
             reason = re.split("; (?:replace|make it) ", reason)[0]  # advice for a data set; here the others go on
@@ -196,7 +193,13 @@ class Images(Dataset):
 
     def on_device(self, images: Tensor, indices: Tensor, device: torch.device) -> Tensor:
         """A batch of images as the model gets them, floats `[batch, channels, height, width]`."""
-        return to_float(apply(self.for_batch, images.to(device, non_blocking=True), Draws(0, 0, indices)))
+        return to_float(self._transformed(self.for_batch, images.to(device, non_blocking=True), indices))
+
+    def _transformed(self, transforms: Sequence[Any], images: Tensor, index: int | Tensor) -> Tensor:
+        if not self.random:  # as nearly always; draws would cost more than decoding a small image
+            return apply(transforms, images, None)
+        with own_randomness():
+            return apply(transforms, images, Draws(0, 0, torch.as_tensor(index).reshape(-1)))
 
 
 About = tuple[int, str | None, bool]  # of an image: its index, why it cannot be read, whether it was scaled

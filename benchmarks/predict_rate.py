@@ -1,4 +1,4 @@
-"""How fast predict.py is, beside the plain decoding of the same files: `python benchmarks/predict.py`.
+"""How fast predict.py is, beside the plain decoding of the same files: `python benchmarks/predict_rate.py`.
 
 Writes 10,000 small PNG files into a temporary folder, then takes turns: decoding alone (the same reading in the same
 number of processes, nothing done with the images), and predicting with a model, lines of text included. What is printed
