@@ -31,6 +31,7 @@ from engine.augment import Draws, Normalize, PerImage, Resize, apply, own_random
 from engine.errors import RequestError, RunError, one_line
 from engine.loader import choose_device, parse_transforms
 
+Ranked = list[tuple[str, float]]  # classes with their probabilities, the likeliest first
 FEW = 100  # images that are read before worker processes would have started
 
 
@@ -62,6 +63,7 @@ def main(config: dict[str, Any]) -> None:
         model = checkpoint.build_model(saved, path).to(device).eval()
         classes: list[str] = saved["classes"]
         images = Images(paths, saved["input_shape"], saved["config"]["dataset"])
+        classifier = Classifier(model, images, classes, config["top_k"], device)
         batch_size = config["batch_size"] or saved["config"]["batch_size"]
     shape = "x".join(map(str, saved["input_shape"]))
     print(f"{path}, {len(classes)} classes, images {shape}, on {device}", file=sys.stderr)
@@ -72,7 +74,7 @@ def main(config: dict[str, Any]) -> None:
     predictions: list[Prediction] = []
     bar = tqdm(total=len(paths), unit=" images", disable=not sys.stderr.isatty(), dynamic_ncols=True, leave=False)
     say(layout.header())
-    for batch in predicted(model, images, classes, truths, config["top_k"], batch_size, config["num_workers"], device):
+    for batch in predicted(classifier, truths, batch_size, config["num_workers"]):
         for prediction in batch:
             if prediction.error:
                 tell(f"{prediction.image}: {prediction.error}")
@@ -100,7 +102,7 @@ class Prediction:
 
     image: str
     true: str | None
-    ranked: list[tuple[str, float]]
+    ranked: Ranked
     error: str | None = None
     scaled: bool = False
 
@@ -212,27 +214,59 @@ def collate(samples: Sequence[tuple[int, Tensor | str, bool]]) -> tuple[Tensor |
     return torch.stack(tensors) if tensors else None, about
 
 
+@dataclass
+class Classifier:
+    """The model with what it takes to name classes; picklable, as worker processes may run it.
+
+    Attributes:
+        model: in evaluation mode, on `device`.
+        images: what its batches are made of.
+        classes: the class names.
+        top_k: how many of them to tell.
+        device: where the model is.
+    """
+
+    model: nn.Module
+    images: Images
+    classes: Sequence[str]
+    top_k: int
+    device: torch.device
+
+    @torch.inference_mode()
+    def __call__(self, pixels: Tensor | None, about: Sequence[About]) -> list[Ranked]:
+        """What the images of a batch `[batch, channels, height, width]` are."""
+        if pixels is None:
+            return []
+        indices = torch.tensor([index for index, error, _ in about if error is None])
+        probabilities = self.model(self.images.on_device(pixels, indices, self.device)).float().softmax(1)
+        values, places = probabilities.topk(min(self.top_k, len(self.classes)))
+        rows = zip(values.tolist(), places.tolist(), strict=True)
+        return [[(self.classes[c], p) for p, c in zip(row, column, strict=True)] for row, column in rows]
+
+    def classified(self, samples: Sequence[tuple[int, Tensor | str, bool]]) -> tuple[list[Ranked], list[About]]:
+        """`collate`, with the classes of the images in place of the images."""
+        pixels, about = collate(samples)
+        return self(pixels, about), about
+
+
 def predicted(
-    model: nn.Module,
-    images: Images,
-    classes: Sequence[str],
-    truths: Sequence[str | None],
-    top_k: int,
-    batch_size: int,
-    num_workers: int | None,
-    device: torch.device,
+    classifier: Classifier, truths: Sequence[str | None], batch_size: int, num_workers: int | None
 ) -> Iterator[list[Prediction]]:
     """The predictions, in the order of the images, a batch at a time.
 
     Raises:
         RunError: the device has too little memory for a batch, or a process that reads has died.
     """
+    images, device = classifier.images, classifier.device
     if num_workers is None:
         num_workers = 0 if len(images) <= FEW else os.cpu_count() or 1
-    loader = DataLoader(images, batch_size, num_workers=num_workers, collate_fn=collate)
+    # Where the readers take all cores, a model on the CPU runs in them: beside them its threads would wait for a core.
+    in_workers = device.type == "cpu" and num_workers >= torch.get_num_threads()
+    collate_fn = classifier.classified if in_workers else collate
+    loader = DataLoader(images, batch_size, num_workers=num_workers, collate_fn=collate_fn)
     try:
-        for pixels, about in loader:
-            ranked = iter(classify(model, images, pixels, about, classes, top_k, device))
+        for found, about in loader:
+            ranked = iter(found if in_workers else classifier(found, about))
             yield [
                 Prediction(str(images.paths[i]), truths[i], [] if error else next(ranked), error, scaled)
                 for i, error, scaled in about
@@ -240,29 +274,9 @@ def predicted(
     except torch.OutOfMemoryError:
         raise RunError(f"batch_size={batch_size}: too much for the memory of {device}; try {batch_size // 2}") from None
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        if not re.search(r"DataLoader worker .*(exited unexpectedly|killed by signal)", str(error)):
             raise
         raise RunError(f"a process that reads images has died ({one_line(error)}); try num_workers=0") from None
-
-
-@torch.inference_mode()
-def classify(
-    model: nn.Module,
-    images: Images,
-    pixels: Tensor | None,
-    about: Sequence[About],
-    classes: Sequence[str],
-    top_k: int,
-    device: torch.device,
-) -> list[list[tuple[str, float]]]:
-    """Classes and probabilities of each image of a batch, the likeliest first."""
-    if pixels is None:
-        return []
-    indices = torch.tensor([index for index, error, _ in about if error is None])
-    probabilities = model(images.on_device(pixels, indices, device)).float().softmax(1)
-    values, places = probabilities.topk(min(top_k, len(classes)))
-    rows = zip(values.tolist(), places.tolist(), strict=True)
-    return [[(classes[c], p) for p, c in zip(row, column, strict=True)] for row, column in rows]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
