@@ -2,8 +2,8 @@
 
 Writes 10,000 small PNG files into a temporary folder, then takes turns: decoding alone (the same reading in the same
 number of processes, nothing done with the images), and predicting with the default model on the CPU, lines of text
-included; a larger model takes its own time on top. What is printed is the best of the turns of each, in images a second,
-and their ratio. Settings: images=10000 size=28 turns=3 workers=2.
+included; a larger model takes its own time on top. What is printed is the best of the turns of each, in images a
+second, and their ratio. Settings: images=10000 size=28 turns=3 workers=2.
 """
 
 from __future__ import annotations
