@@ -49,17 +49,28 @@ def sample_seed(seed: int, epoch: int, index: int | Tensor = 0) -> Tensor:
 
 
 class Draws:
-    """The random numbers of one batch: every call of `uniform` gives new ones, the same for a sample in any batch.
+    """The random numbers of samples: every call of `uniform` gives new ones, the same for a sample in any batch.
+
+    They are computed for many batches at once, which costs little more than for one, and shown a window at a time.
 
     Args:
         seed: of the run.
         epoch: counted from 1.
-        index: int64 [batch], the samples' places in the data set.
+        index: int64 `[n]`, the samples' places in the data set.
     """
+
+    most = 64  # numbers a sample that are computed ahead; more would take memory
 
     def __init__(self, seed: int, epoch: int, index: Tensor) -> None:
         self.bits = sample_seed(seed, epoch, index)
+        self.begin, self.end = 0, len(index)
         self.drawn = 0
+        self.known: dict[tuple[int, int, str], Tensor] = {}
+
+    def window(self, begin: int, count: int) -> Draws:
+        """Itself, for the batch of the samples from `begin` on."""
+        self.begin, self.end = begin, begin + count
+        return self
 
     def at(self, place: int) -> Draws:
         """Itself, for the transform at `place` of the list: what others draw before it changes nothing."""
@@ -68,13 +79,28 @@ class Draws:
 
     def integers(self, count: int) -> Tensor:
         """64 random bits, int64 `[batch, count]`, on the CPU."""
-        slot = torch.arange(self.drawn + 1, self.drawn + count + 1, dtype=torch.int64)
+        bits = self._integers(self.bits[self.begin : self.end], count)
         self.drawn += count
-        return _mix(self.bits[:, None] + slot * _GOLDEN)
+        return bits
 
-    def uniform(self, count: int) -> Tensor:
-        """Uniform numbers in [0, 1), float32 `[batch, count]`, on the CPU, so that nothing waits for the device."""
-        return ((self.integers(count) >> 40) & 0xFFFFFF).float() * 2.0**-24
+    def _integers(self, bits: Tensor, count: int) -> Tensor:
+        slot = torch.arange(self.drawn + 1, self.drawn + count + 1, dtype=torch.int64)
+        return _mix(bits[:, None] + slot * _GOLDEN)
+
+    def uniform(self, count: int, device: torch.device | None = None) -> Tensor:
+        """Uniform numbers in [0, 1), float32 `[batch, count]`, on the CPU or `device`; nothing waits for the device."""
+        ahead = count <= self.most
+        key = (self.drawn, count, device.type if device else "cpu")
+        numbers = self.known.get(key) if ahead else None
+        if numbers is None:
+            bits = self._integers(self.bits if ahead else self.bits[self.begin : self.end], count)
+            numbers = ((bits >> 40) & 0xFFFFFF).float() * 2.0**-24
+            if device is not None:
+                numbers = _to(numbers, device)
+            if ahead:
+                self.known[key] = numbers
+        self.drawn += count
+        return numbers[self.begin : self.end] if ahead else numbers
 
 
 def _to(numbers: Tensor, device: torch.device) -> Tensor:
@@ -154,7 +180,7 @@ class RandomHorizontalFlip:
         self.p = _probability(p)
 
     def __call__(self, images: Tensor, draws: Draws) -> Tensor:
-        flip = _to(draws.uniform(1) < self.p, images.device)
+        flip = draws.uniform(1, images.device) < self.p
         return torch.where(flip[:, :, None, None], images.flip(self.axis), images)
 
 
@@ -199,10 +225,12 @@ class RandomCrop:
         down, across = height - self.height + 1, width - self.width + 1
         if down < 1 or across < 1:
             raise ValueError(f"size {self.height}x{self.width} is larger than the padded image, {height}x{width}")
-        place = draws.uniform(2)
-        rows = (place[:, :1] * down).long() + torch.arange(self.height)  # [batch, height of the window]
-        columns = (place[:, 1:] * across).long() + torch.arange(self.width)
-        pixel = _to((rows * width)[:, :, None] + columns[:, None, :], images.device).view(batch, 1, -1)
+        place = draws.uniform(2, images.device)
+        rows = (place[:, :1] * down).long() + torch.arange(
+            self.height, device=images.device
+        )  # [batch, window's height]
+        columns = (place[:, 1:] * across).long() + torch.arange(self.width, device=images.device)
+        pixel = ((rows * width)[:, :, None] + columns[:, None, :]).view(batch, 1, -1)
         windows = images.flatten(2).gather(2, pixel.expand(-1, channels, -1))
         return windows.view(batch, channels, self.height, self.width)
 
@@ -218,7 +246,7 @@ class RandomCrop:
         if fill.numel() == 1:
             return torch.nn.functional.pad(images, [self.left, self.right, self.top, self.bottom], value=float(fill))
         shape = (*images.shape[:2], self.top + height + self.bottom, self.left + width + self.right)
-        padded = fill.to(images.device, images.dtype).expand(shape).contiguous()
+        padded = fill.to(images.device, images.dtype).view(1, -1, 1, 1).expand(shape).contiguous()
         padded[:, :, self.top : self.top + height, self.left : self.left + width] = images
         return padded
 
@@ -592,7 +620,8 @@ def per_image(name: str, arguments: dict[str, Any]) -> PerImage | None:
         if key == "interpolation" and isinstance(value, str):
             return InterpolationMode(value)
         if isinstance(value, str) and value.startswith("torch."):
-            return getattr(torch, value.removeprefix("torch."))
+            found = getattr(torch, value.removeprefix("torch."), None)
+            return found if isinstance(found, torch.dtype) else value  # a type; a function stays text
         return value
 
     def nested(entry: Any) -> Any:

@@ -179,12 +179,11 @@ class _CacheReader(Reader):
         super().__init__(files, [] if resize is None else [resize], 0, 0, False)
 
     def __getitem__(self, asked: tuple[int, Tensor]) -> Any:
-        epoch, rows = asked
-        return [(row, self._one(row, epoch)) for row in rows.tolist()]
+        return [(row, self._one(row)) for row in asked[1].tolist()]
 
-    def _one(self, row: int, epoch: int) -> Tensor | Failure:
+    def _one(self, row: int) -> Tensor | Failure:
         try:
-            image = self._transform(self.part.read(row, self.size), epoch, torch.tensor([row]))
+            image = self._transform(self.part.read(row, self.size), None, 0)
         except RunError as error:
             return Failure(str(error))
         return (image if image.dtype == torch.uint8 else to_float(image).mul(255).round().to(torch.uint8)).contiguous()

@@ -46,6 +46,8 @@ from engine.runs import log
 COMMON = ("val_fraction", "limit", "train_transforms", "eval_transforms", "target_transform", "steps_per_epoch")
 OF_FILES = ("skip_unreadable", "cache", "cache_dir")
 
+AHEAD = 8192  # samples whose random numbers are drawn at once
+
 
 def choose_device(name: str) -> torch.device:
     """The device that `device=` asks for; auto takes CUDA, else MPS, else the CPU.
@@ -126,7 +128,10 @@ def load_splits(
     if count is None:
         splits["train"] = Split(data.train, None, len(classes), limit)
     else:
-        held_out = _stratified(_labels(data.train), count, settings["val_fraction"])
+        labels = _labels(data.train)
+        if labels is None and settings["val_fraction"]:
+            print(f"{type(data.train).__name__} has no .targets: validation is held out at random, not class by class")
+        held_out = _stratified(labels, count, settings["val_fraction"])
         splits["train"] = Split(data.train, (~held_out).nonzero().flatten()[:limit], len(classes))
         if held_out.any():
             splits["val"] = Split(data.train, held_out.nonzero().flatten()[:limit], len(classes))
@@ -232,27 +237,29 @@ def fingerprint(splits: dict[str, Split]) -> str:
 
 
 def _check_part(part: Any, name: str, classes: list[str]) -> None:
-    if not isinstance(part, tuple):
+    """Refuse samples in memory of another type or shape, and labels outside the classes, where they are known."""
+    if isinstance(part, tuple):
+        images, labels = part
+        sizes = labels.shape == images.shape[:1]
+        if images.dtype != torch.uint8 or images.ndim != 4 or labels.dtype != torch.int64 or not sizes:
+            found = f"{images.dtype} {list(images.shape)} and {labels.dtype} {list(labels.shape)}"
+            raise RequestError(
+                f"dataset: {name} images and labels are {found}; "
+                "expected torch.uint8 [n, channels, height, width] and torch.int64 [n]"
+            )
+    elif not hasattr(part, "__getitem__") and not isinstance(part, IterableDataset):
+        found = type(part).__name__
+        raise RequestError(f"dataset: {name} is {found}; expected (images, labels) or a torch.utils.data.Dataset")
+    if _count(part) == 0:
+        raise RequestError(f"dataset: the {name} split is empty (0 samples); add images")
+    known = _labels(part)
+    if known is None:
         return
-    images, labels = part
-    if (
-        images.dtype != torch.uint8
-        or images.ndim != 4
-        or labels.dtype != torch.int64
-        or labels.shape != images.shape[:1]
-    ):
-        found = f"{images.dtype} {list(images.shape)} and {labels.dtype} {list(labels.shape)}"
-        raise RequestError(
-            f"dataset: {name} images and labels are {found}; "
-            "expected torch.uint8 [n, channels, height, width] and torch.int64 [n]"
-        )
-    if len(labels) == 0:
-        raise RequestError(f"dataset: the {name} split is empty")
-    outside = ((labels < 0) | (labels >= len(classes))).nonzero()
+    outside = ((known < 0) | (known >= len(classes))).nonzero()
     if len(outside):
         row = int(outside[0])
         raise RequestError(
-            f"dataset: {name} sample {row} has label {int(labels[row])}; expected 0 to {len(classes) - 1}, "
+            f"dataset: {name} sample {row} has label {int(known[row])}; expected 0 to {len(classes) - 1}, "
             f"as there are {len(classes)} classes"
         )
 
@@ -264,9 +271,12 @@ def _count(part: Any) -> int | None:
 
 
 def _labels(part: Any) -> Tensor | None:
-    """All labels, where they can be had without reading the samples."""
+    """All labels, int64 `[n]`, where they can be had without reading the samples."""
     labels = part[1] if isinstance(part, tuple) else getattr(part, "targets", None)
-    return None if labels is None else torch.as_tensor(labels)
+    if labels is None or isinstance(part, IterableDataset):
+        return None
+    known = torch.as_tensor(labels)
+    return known.long() if known.ndim == 1 and not known.is_floating_point() and len(known) == _count(part) else None
 
 
 def _stratified(labels: Tensor | None, count: int, fraction: float) -> Tensor:
@@ -456,92 +466,81 @@ class Batches:
         Raises:
             RunError: samples that cannot be read, or do not fit together.
         """
-        if self._stream is not None:
+        target_transform = self.split.target_transform if self.training else None
+        first = start * self.batch_size
+        order = None if self._stream is not None else self.order(epoch)[first : len(self) * self.batch_size]
+        if order is None:
             source = self._from_stream(epoch, start)
         elif self.resident is not None:
-            source = self._gather(epoch, start)
+            source = self._gather(order)
         else:
-            source = self._read(epoch, start)
-        target_transform = self.split.target_transform if self.training else None
-        for index, images, labels in source:
-            if self.later:
-                images = apply(self.later, images, Draws(self.seed, epoch, index) if self.draws else None)
+            source = self._read(epoch, order)
+        done, group = 0, self.batch_size * max(1, AHEAD // self.batch_size)
+        for images, labels in source:
+            if self.draws:
+                if done % group == 0:
+                    numbers = torch.arange(first + done, first + done + group)  # a stream's samples are only numbered
+                    ahead = Draws(self.seed, epoch, numbers if order is None else order[done : done + group])
+                images = apply(self.later, images, ahead.window(done % group, len(images)))
+                done += len(images)
+            elif self.later:
+                images = apply(self.later, images, None)
             if target_transform is not None:
                 labels = self._targets(target_transform, labels)
             yield to_float(images), labels
 
     __iter__ = epoch
 
-    def _gather(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def _gather(self, order: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of samples that are in memory."""
         images, labels = self.resident  # type: ignore[misc]
-        order = self.order(epoch)[start * self.batch_size : len(self) * self.batch_size]
-        here = order.to(images.device)
-        batches = zip(
-            order.split(self.batch_size),
-            here.split(self.batch_size),
-            labels.index_select(0, here).split(self.batch_size),
-            strict=True,
-        )
-        if images.device.type == self.device.type:
-            for index, index_here, labels_here in batches:
-                yield index, images.index_select(0, index_here), labels_here
-        else:
-            yield from self._copied_ahead((i, images.index_select(0, index), label) for i, index, label in batches)
+        order = order.to(images.device)
+        indices, labels = order.split(self.batch_size), labels.index_select(0, order)
+        batches = ((images.index_select(0, i), y) for i, y in zip(indices, labels.split(self.batch_size), strict=True))
+        return batches if images.device.type == self.device.type else self._copied_ahead(batches)
 
-    def _read(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def _read(self, epoch: int, order: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of samples that are read one at a time."""
         assert self.workers is not None
-        batches = self.order(epoch).split(self.batch_size)[start : len(self)]
         skipped: list[str] = []
-
-        def read() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-            for index, (images, labels, unread) in zip(batches, self.workers.read(epoch, batches), strict=True):  # type: ignore[union-attr]
-                skipped.extend(unread)
-                yield index, images, labels
-
-        yield from read() if self.device.type == "cpu" else self._copied_ahead(read())
+        batches = self._noting(self.workers.read(epoch, order.split(self.batch_size)), skipped)
+        yield from batches if self.device.type == "cpu" else self._copied_ahead(batches)
         if skipped:
-            log.warning(
-                f"epoch {epoch}: {len(skipped)} images could not be read and were skipped; the first: {skipped[0]}"
-            )
+            log.warning(f"epoch {epoch}: {len(skipped)} images could not be read and were skipped; first: {skipped[0]}")
 
-    def _copied_ahead(self, source: Iterable[tuple[Tensor, Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def _noting(self, batches: Iterable[Any], skipped: list[str]) -> Iterator[tuple[Tensor, Tensor]]:
+        for images, labels, unread in batches:
+            skipped.extend(unread)
+            yield images, labels
+
+    def _copied_ahead(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of host memory on the device, each copied while the one before is used."""
         waiting = None
-        for index, images, labels in source:
-            if self.device.type == "cuda":
+        for images, labels in batches:
+            if self.device.type == "cuda":  # only copies from pinned memory do not wait
                 images, labels = images.pin_memory(), labels.pin_memory()
-            following = index, images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+            following = images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
             if waiting is not None:
                 yield waiting
             waiting = following
         if waiting is not None:
             yield waiting
 
-    def _from_stream(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def _from_stream(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of an iterable-style data set: training goes on where the last epoch ended, a test starts anew."""
         assert self._stream is not None
         if self.training:
-            first = (max(epoch, 1) - 1) * len(self) * self.batch_size
-            samples = self._stream.forever(first + start * self.batch_size, self.split.limit)
-            count = len(self) - start
-            for number in range(start, start + count):
-                yield self._stream_batch(epoch, number, islice(samples, self.batch_size))
-            return
-        samples = self._stream.once(self.split.limit)
-        number = 0
-        while (self.limit is None or number < self.limit) and (some := list(islice(samples, self.batch_size))):
-            yield self._stream_batch(epoch, number, some)
+            first = ((max(epoch, 1) - 1) * len(self) + start) * self.batch_size
+            samples = self._stream.forever(first, self.split.limit)
+        else:
+            samples = self._stream.once(self.split.limit)
+        last = len(self) if self.training else self.limit
+        number = start
+        while (last is None or number < last) and (found := list(islice(samples, self.batch_size))):
+            index = torch.arange(len(found)) + number * self.batch_size
+            images, labels = self.reader.prepare(epoch, index, found)
+            yield images.to(self.device), labels.to(self.device)
             number += 1
-
-    def _stream_batch(
-        self, epoch: int, number: int, samples: Iterable[tuple[Tensor, Any]]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        found = list(samples)
-        index = torch.arange(len(found)) + number * self.batch_size
-        images, labels = self.reader.prepare(epoch, index, found)
-        return index, images.to(self.device), labels.to(self.device)
 
     def _targets(self, transform: Callable[[Tensor, int], Tensor], labels: Tensor) -> Tensor:
         try:

@@ -74,6 +74,7 @@ class Reader(Dataset):
         images: list[Tensor | None] = []
         labels: list[Any] = []
         skipped = []
+        draws = Draws(self.seed, epoch, indices) if self.draws else None
         seeds = None if self.is_ours else sample_seed(self.seed, epoch, indices).tolist()
         for place, index in enumerate(indices.tolist()):
             if seeds is not None:
@@ -87,20 +88,18 @@ class Reader(Dataset):
                 images.append(None)
                 labels.append(None)
                 continue
-            images.append(self._transform(image, epoch, indices[place : place + 1]))
+            images.append(self._transform(image, draws, place))
             labels.append(label)
         return *self._stack(images, labels, indices), skipped
 
-    def _transform(self, image: Tensor, epoch: int, index: Tensor) -> Tensor:
-        return apply(self.transforms, image[None], Draws(self.seed, epoch, index) if self.draws else None)[0]
+    def _transform(self, image: Tensor, draws: Draws | None, place: int) -> Tensor:
+        return apply(self.transforms, image[None], draws and draws.window(place, 1))[0]
 
     def prepare(self, epoch: int, indices: Tensor, samples: Sequence[tuple[Tensor, Any]]) -> tuple[Tensor, Tensor]:
         """(images, labels) of samples that were read elsewhere."""
         with own_randomness():
-            images: list[Tensor | None] = [
-                self._transform(image, epoch, index)
-                for (image, _), index in zip(samples, indices.split(1), strict=True)
-            ]
+            draws = Draws(self.seed, epoch, indices) if self.draws else None
+            images = [self._transform(image, draws, place) for place, (image, _) in enumerate(samples)]
         return self._stack(images, [label for _, label in samples], indices)
 
     def _sample(self, index: int) -> tuple[Tensor, Any]:
@@ -110,7 +109,7 @@ class Reader(Dataset):
             return self.part[0][index], int(self.part[1][index])
         return _image_and_label(self.part[index], f"sample {index} of {type(self.part).__name__}", self.num_classes)
 
-    def _stack(self, images: list[Tensor | None], labels: list[Any], indices: Tensor) -> tuple[Tensor, Tensor]:
+    def _stack(self, images: Sequence[Tensor | None], labels: list[Any], indices: Tensor) -> tuple[Tensor, Tensor]:
         there = [place for place, image in enumerate(images) if image is not None]
         if not there:
             raise RunError(
@@ -270,7 +269,7 @@ class Workers:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="This DataLoader will create")
                 batches = iter(self.loader)  # type: ignore[arg-type]
-            yield from batches  # type: ignore[misc]
+            yield from batches
         except (RuntimeError, OSError) as error:
             if "Caught " in str(error):  # raised by the user's own Dataset; its traceback is in the text
                 raise
