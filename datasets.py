@@ -261,6 +261,7 @@ def _download(name: str, root: str, layout: str) -> None:
 # Image files
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+ORIENTATION = 0x0112  # the EXIF tag that says how the camera was held; 1 is upright
 MAX_PIXELS = 64_000_000  # more in one file is taken for a decompression bomb; 8000x8000
 
 
@@ -289,7 +290,7 @@ def read_image(
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # ours names the size and the file
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd metadata, which does not matter here
+            warnings.simplefilter("ignore")  # of odd metadata, and of bytes that count as read-only
             with Image.open(path) as image:
                 width, height = image.size
                 if width * height > max_pixels:
@@ -300,7 +301,9 @@ def read_image(
                 if at_least is not None and image.format == "JPEG":
                     side = 2 * max(at_least)  # square, as EXIF may still turn it
                     image.draft("L" if channels == 1 and image.mode == "L" else "RGB", (side, side))
-                pixels = _eight_bits(ImageOps.exif_transpose(image), channels)
+                if image.getexif().get(ORIENTATION, 1) != 1:
+                    ImageOps.exif_transpose(image, in_place=True)
+                pixels = torch.from_numpy(_eight_bits(image, channels))
     except RequestError:
         raise
     except FileNotFoundError:
@@ -310,8 +313,7 @@ def read_image(
         raise RequestError(f"{path}: cannot be read as an image ({reason}); replace or remove it") from None
     finally:
         Image.MAX_IMAGE_PIXELS = limit
-    tensor = torch.from_numpy(pixels)
-    return tensor.unsqueeze(0) if channels == 1 else tensor.permute(2, 0, 1)
+    return pixels.unsqueeze(0) if channels == 1 else pixels.permute(2, 0, 1)
 
 
 def _eight_bits(image: Image.Image, channels: int) -> np.ndarray:
@@ -325,7 +327,8 @@ def _eight_bits(image: Image.Image, channels: int) -> np.ndarray:
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         coloured = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), coloured)
-    return np.array(image.convert("L" if channels == 1 else "RGB"))  # a copy, as Pillow's own memory is read-only
+    mode = "L" if channels == 1 else "RGB"
+    return np.asarray(image if image.mode == mode else image.convert(mode))  # bytes that nobody else has
 
 
 class ImageFiles(Dataset):
