@@ -60,10 +60,10 @@ def main(config: dict[str, Any]) -> float:
             "confusion": confusion.tolist(),
         },
     )
-    report.confusion(confusion, classes, report.beside(output, "confusion"))
+    drawn = report.confusion(confusion, classes, report.beside(output, "confusion"))
     transforms = parse_transforms(config["dataset"]["eval_transforms"], "dataset.eval_transforms")
-    report.mistakes(*mistakes.read(), classes, report.beside(output, "mistakes"), transforms)
-    print(f"\nwritten to {output}, its pictures beside it")
+    drawn &= report.mistakes(*mistakes.read(), classes, report.beside(output, "mistakes"), transforms)
+    print(f"\nwritten to {output}" + (", its pictures beside it" if drawn else ""))
     return accuracy(confusion)
 
 

@@ -8,6 +8,7 @@ log. Sizes are in pixels and chosen so that every text can be read without zoomi
 from __future__ import annotations
 
 import os
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -76,18 +77,26 @@ def house_style() -> Iterator[None]:
 
 
 def _draw(path: Path, make: Callable[..., Figure], *arguments: Any) -> bool:
-    """Write the figure that `make(*arguments)` returns; says in the log what went wrong, and whether all went well."""
+    """Write the figure that `make(*arguments)` returns; says what went wrong, and returns whether all went well."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with house_style():
             make(*arguments).savefig(temporary, format="png")
         os.replace(temporary, path)
     except Exception as error:  # whatever it is: the numbers are worth more than their picture
-        log.warning(f"{path} was not drawn: {one_line(error)}")
+        _say(f"{path} was not drawn: {one_line(error)}")
         return False
     finally:
         temporary.unlink(missing_ok=True)
     return True
+
+
+def _say(text: str) -> None:
+    """To the log of the run, or, where none is open as in an evaluation, to standard error."""
+    if log.handlers:
+        log.warning(text)
+    else:
+        print(text, file=sys.stderr)
 
 
 def beside(output: Path, picture: str) -> Path:
@@ -151,7 +160,7 @@ def curves(history: Sequence[dict[str, Any]], path: Path) -> bool:
         path: of the PNG.
 
     Returns:
-        whether it was drawn; if not, the reason is in the log.
+        whether it was drawn; if not, the reason was said.
     """
     return _draw(path, curves_figure, history, path.parent.name)
 
@@ -273,7 +282,7 @@ def confusion(matrix: Tensor, classes: Sequence[str], path: Path) -> bool:
         path: of the PNG.
 
     Returns:
-        whether it was drawn; if not, the reason is in the log.
+        whether it was drawn; if not, the reason was said.
     """
     return _draw(path, confusion_figure, matrix.cpu().numpy(), classes)
 
@@ -462,7 +471,7 @@ def mistakes(
         transforms: what was done to the images; of this, `Normalize` is undone.
 
     Returns:
-        whether it was drawn; if not, the reason is in the log.
+        whether it was drawn; if not, the reason was said.
     """
     told = truths.tolist(), predictions.tolist(), probabilities.tolist()
     return _draw(path, mistakes_figure, images, *told, classes, transforms)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import subprocess
 import sys
@@ -302,9 +301,8 @@ def test_no_mistakes_where_all_is_right() -> None:
 
 @pytest.mark.parametrize("trouble", ["missing", "broken", "unwritable"])
 def test_a_picture_that_fails_is_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, trouble: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], trouble: str
 ) -> None:
-    monkeypatch.setattr(logging.getLogger("run"), "propagate", True)
     path = tmp_path / "curves.png"
     if trouble == "missing":
         monkeypatch.setitem(sys.modules, "matplotlib", None)
@@ -315,9 +313,8 @@ def test_a_picture_that_fails_is_one_line(
     with report.LiveCurves(path, share=1e9) as live:
         for epochs in (1, 2, 3):
             live.update(history(epochs))
-    [record] = caplog.records
-    assert record.levelno == logging.WARNING and record.getMessage().startswith(f"{path} was not drawn: ")
-    assert "\n" not in record.getMessage()
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{path} was not drawn: ")
     assert not list(tmp_path.iterdir())
 
 
@@ -359,6 +356,11 @@ def test_matplotlib_is_imported_when_drawn_and_pyplot_never(tmp_path: Path) -> N
     assert done.returncode == 0, done.stderr
 
 
+def test_pictures_of_two_evaluations_in_a_folder_do_not_meet() -> None:
+    assert report.beside(Path("run/evaluation.json"), "confusion") == Path("run/confusion.png")
+    assert report.beside(Path("run/other.json"), "confusion") == Path("run/other_confusion.png")
+
+
 def without_matplotlib(_: str) -> None:
     """Run in the process of the entry point, before it starts."""
     sys.modules["matplotlib"] = None  # type: ignore[assignment]
@@ -371,13 +373,16 @@ def test_train_and_evaluate_draw_and_go_on_without_matplotlib(tmp_path: Path) ->
     drawn = run("train", *few, "name=drawn", cwd=tmp_path)
     assert drawn.wait() == 0, drawn.err
     assert run("evaluate", cwd=tmp_path).wait() == 0
-    assert run("evaluate", "output=mine.json", cwd=tmp_path).wait() == 0
-    made = ["checkpoints/drawn/curves.png", "checkpoints/drawn/confusion.png", "checkpoints/drawn/mistakes.png"]
-    for name in [*made, "mine_confusion.png", "mine_mistakes.png"]:
-        with Image.open(tmp_path / name) as image:
+    for name in ("curves.png", "confusion.png", "mistakes.png"):
+        with Image.open(tmp_path / "checkpoints" / "drawn" / name) as image:
             image.load()
     bare = start("train", *few, "name=bare", cwd=tmp_path, before=without_matplotlib)
     assert bare.wait() == 0, bare.err
     told = [line for line in bare.out.splitlines() if "was not drawn" in line]
     assert [line.split(" ")[0].rpartition("/")[2] for line in told][:1] == ["curves.png"]
     assert (tmp_path / "checkpoints/bare/summary.json").exists()
+    assert "curves.png was not drawn" in (tmp_path / "checkpoints/bare/train.log").read_text()
+
+    bare = start("evaluate", cwd=tmp_path, before=without_matplotlib)
+    assert bare.wait() == 0 and (tmp_path / "checkpoints/bare/evaluation.json").exists()
+    assert bare.err.count("was not drawn") == len(bare.err.splitlines()) == 2 and "pictures" not in bare.out
