@@ -256,7 +256,7 @@ def _best_so_far(history: Sequence[dict[str, Any]]) -> str:
     validated = [row for row in history if row["val_accuracy"] is not None]
     if not validated:
         return f": training accuracy {history[-1]['train_accuracy']:.2%}, no validation part"
-    best = max(validated, key=lambda row: row["val_accuracy"])
+    best = max(validated, key=lambda row: (row["val_accuracy"], -row["val_loss"]))
     return f": best validation accuracy {best['val_accuracy']:.2%}, in epoch {best['epoch']} of {history[-1]['epoch']}"
 
 

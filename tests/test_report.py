@@ -149,6 +149,8 @@ def test_curves_show_the_history(tmp_path: Path) -> None:
     assert shown["Accuracy", "training"] == [row["train_accuracy"] for row in rows]
     assert shown["Learning rate", "learning rate"] == [row["lr"] for row in rows]
     assert "in epoch 5 of 5" in figure.texts[0].get_text()
+    tied = [{**row, "val_accuracy": 0.5} for row in rows]  # then the lower loss is the better, as for best.pt
+    assert report._best_so_far(tied) == ": best validation accuracy 50.00%, in epoch 5 of 5"
 
     assert report.curves(rows, tmp_path / "curves.png")
     with Image.open(tmp_path / "curves.png") as image:
