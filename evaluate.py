@@ -11,15 +11,15 @@ from typing import Any
 
 from torch import nn
 
-from engine import checkpoint, runs
+from engine import checkpoint, report, runs
 from engine.config import CONFIGS, build, check_value, known_settings, read_settings
 from engine.errors import RequestError
-from engine.loader import Batches, choose_device, load_splits
-from engine.metrics import accuracy, evaluate, per_class
+from engine.loader import Batches, choose_device, load_splits, parse_transforms
+from engine.metrics import Mistakes, accuracy, evaluate, per_class
 
 
 def main(config: dict[str, Any]) -> float:
-    """Evaluate as the checked configuration says, print the metrics and write evaluation.json.
+    """Evaluate as the checked configuration says, print the metrics, write evaluation.json and draw its pictures.
 
     Returns:
         the accuracy, 0 to 1.
@@ -40,7 +40,8 @@ def main(config: dict[str, Any]) -> float:
         batches = Batches(splits[config["split"]], config["dataset"]["eval_transforms"], config, device)
         model = model_of(saved, config, path, batches.sample_shape(), classes).to(device)
 
-    loss, confusion = evaluate(model, batches, len(classes))
+    mistakes = Mistakes()
+    loss, confusion = evaluate(model, batches, len(classes), mistakes)
 
     print(f"{path}, {config['split']} split of {config['choices']['dataset']}, {int(confusion.sum()):,} samples")
     print(f"accuracy {accuracy(confusion):.2%}, loss {loss:.4f}\n")
@@ -59,7 +60,10 @@ def main(config: dict[str, Any]) -> float:
             "confusion": confusion.tolist(),
         },
     )
-    print(f"\nwritten to {output}")
+    drawn = report.confusion(confusion, classes, report.beside(output, "confusion"))
+    transforms = parse_transforms(config["dataset"]["eval_transforms"], "dataset.eval_transforms")
+    drawn &= report.mistakes(*mistakes.read(), classes, report.beside(output, "mistakes"), transforms)
+    print(f"\nwritten to {output}" + (", its pictures beside it" if drawn else ""))
     return accuracy(confusion)
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from engine import checkpoint, runs
+from engine import checkpoint, report, runs
 from engine.config import build
 from engine.errors import RequestError, one_line
 from engine.loader import Batches, choose_device, fingerprint, load_splits
@@ -82,7 +82,7 @@ def main(config: dict[str, Any]) -> float:
         runs.save_config(directory, config)
 
     # The epochs.
-    with saver:
+    with report.LiveCurves(directory / "curves.png") as live, saver:
         while progress.epoch <= config["epochs"] and not stop_early(progress, config["early_stopping"]["patience"]):
             train_epoch(model, train_batches, criterion, optimizer, schedule, tally, progress, saver, config)
             train_loss, train_accuracy = tally.read()
@@ -99,6 +99,7 @@ def main(config: dict[str, Any]) -> float:
                 saver.save_best()
             saver.save_last()
             runs.write_metrics(directory / "metrics.csv", progress.history)
+            live.update(progress.history)
             log.info(epoch_line(row, config["epochs"], progress.history))
 
         # The test set, once, with the best weights.

@@ -68,7 +68,9 @@ class Setting:
         """What a value has to be, in words."""
         words = {"int": "an integer", "float": "a number", "bool": "true or false", "str": "text", "list": "a list"}
         described = words.get(self.kind, "a value")
-        if self.kind.startswith("list of "):
+        if self.kind == "str or list of str":
+            described = "text or a list of texts"
+        elif self.kind.startswith("list of "):
             described = self.kind.replace("list of", "a list of").replace("int", "integers").replace("float", "numbers")
         return f"{described} {self.rule}".strip() + (" or null" if self.nullable else "")
 
@@ -76,6 +78,9 @@ class Setting:
         """Whether `value` is of this setting's type and in its range."""
         if value is None:
             return self.nullable
+        if self.kind == "str or list of str":
+            texts = value if isinstance(value, list) else [value]
+            return all(isinstance(v, (str, int, float)) and not isinstance(v, bool) for v in texts)
         if self.kind.startswith("list of "):
             *count, kind = self.kind.removeprefix("list of ").split()
             one = Setting(self.name, None, kind, self.rule, False, "")
@@ -92,7 +97,7 @@ class Setting:
 
 
 _COMMENT = re.compile(
-    r"(?P<kind>int|float|bool|str|list(?: of (?:\d+ )?(?:int|float|str))?)"
+    r"(?P<kind>int|float|bool|str or list of str|str|list(?: of (?:\d+ )?(?:int|float|str))?)"
     r"(?P<rule> (?:>=|>|in|one of) ?[^:]*?)?(?P<null> or null)?: (?P<meaning>.+)"
 )
 
@@ -216,7 +221,7 @@ def check(
             known |= own
 
     for name, value in _leaves(plain, known):
-        if entry != "train" and name.startswith("dataset.") and choices.get("dataset") is None:
+        if entry == "evaluate" and name.startswith("dataset.") and choices.get("dataset") is None:
             continue  # belongs to the dataset that the checkpoint names, and is checked against that
         check_value(name, value, known)
         if known[name].kind == "str" and isinstance(value, (int, float)):
@@ -301,9 +306,11 @@ def launch(entry: str) -> NoReturn:
             fail(error)
         sys.exit(0)
     _check_flags()
-    if entry != "train" and not any(a.startswith("dataset=") for a in arguments):
+    if entry == "evaluate" and not any(a.startswith("dataset=") for a in arguments):
         # Settings of the checkpoint's own dataset: let them through, main() holds them against the checkpoint.
         sys.argv[1:] = ["++" + a if a.startswith("dataset.") else a for a in arguments]
+    if entry != "train" and not {"-m", "--multirun"} & set(arguments):
+        sys.argv[1:] = [_quoted_path(a) for a in sys.argv[1:]]
     try:
         if entry == "train":
             sys.argv[1:] = resume.with_choices_of_run(arguments)
@@ -321,6 +328,19 @@ def launch(entry: str) -> NoReturn:
             message = str(other)
         fail(RequestError(message))
     sys.exit(0)
+
+
+def _quoted_path(argument: str) -> str:
+    """`checkpoint=a (1),b=2.pt` quoted as Hydra wants it, so that a path can be typed or completed as it is."""
+    name, _, value = argument.partition("=")
+    if (
+        name not in ("checkpoint", "images", "output")
+        or value[:1] in ("", "[", "'", '"')
+        or re.fullmatch(r"[\w./-]*", value)
+    ):
+        return argument
+    escaped = value.replace("'", r"\'")
+    return f"{name}='{escaped}'"
 
 
 def _check_flags() -> None:
@@ -453,16 +473,15 @@ def help_text(entry: str, directories: Sequence[Path] = (CONFIGS,), arguments: S
     rows = setting_rows(entry, directories, chosen)
     width = max(len(f"{name}={default}") for name, default, _ in rows if len(default) < 30)
     settings = [f"  {name + '=' + default:<{width}}  {meaning}" for name, default, meaning in rows]
+    other = "; another option of a group may have others, `--help GROUP=OPTION` shows them" if groups else ""
     return "\n".join(
         [
-            f"usage: python {entry}.py [GROUP=OPTION ...] [SETTING=VALUE ...]",
+            f"usage: python {entry}.py {'[GROUP=OPTION ...] ' if groups else ''}[SETTING=VALUE ...]",
             "",
             about.strip(),
             "",
-            "Groups (GROUP=OPTION; the default in brackets):",
-            *groups,
-            "",
-            "Settings (SETTING=DEFAULT; another option of a group may have others, `--help GROUP=OPTION` shows them):",
+            *(["Groups (GROUP=OPTION; the default in brackets):", *groups, ""] if groups else []),
+            f"Settings (SETTING=DEFAULT{other}):",
             *settings,
             "",
             "Examples:",

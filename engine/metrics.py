@@ -62,11 +62,50 @@ class Tally:
         self.correct.fill_(state["correct"])
 
 
+class Mistakes:
+    """The most confident errors of an evaluation; at most `keep` images are held, and the device is never waited for.
+
+    Args:
+        keep: how many.
+    """
+
+    def __init__(self, keep: int = 24) -> None:
+        self.keep = keep
+        self.held: tuple[Tensor, ...] = ()  # images, truths, predictions, probabilities (-1 where there is no error)
+
+    def add(self, images: Tensor, logits: Tensor, labels: Tensor) -> None:
+        """Take in a batch: images `[batch, channels, height, width]`, logits `[batch, num_classes]` and labels."""
+        probabilities, predictions = logits.float().softmax(1).max(1)
+        truths = class_of(labels)
+        sure = torch.where(predictions != truths, probabilities, -1.0)
+        self.held = self._most_sure((images, truths, predictions, sure))  # images are copied for these few only
+
+    def _most_sure(self, new: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        def top(samples: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            places = samples[-1].topk(min(self.keep, len(samples[-1]))).indices
+            return tuple(tensor[places] for tensor in samples)
+
+        new = top(new)
+        return top(tuple(map(torch.cat, zip(self.held, new, strict=True)))) if self.held else new
+
+    def read(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Images `[n, channels, height, width]` as the model saw them, truths, predictions and probabilities `[n]`.
+
+        On the CPU, the most confident first. Waits for the device.
+        """
+        errors = self.held[-1] >= 0
+        images, truths, predictions, probabilities = (tensor[errors].cpu() for tensor in self.held)
+        return images, truths, predictions, probabilities
+
+
 @torch.inference_mode()
-def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], num_classes: int) -> tuple[float, Tensor]:
+def evaluate(
+    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], num_classes: int, mistakes: Mistakes | None = None
+) -> tuple[float, Tensor]:
     """Mean cross-entropy in nats, and the confusion matrix, of a model over batches.
 
-    The loss is plain cross-entropy whatever the training criterion, so that runs can be compared.
+    The loss is plain cross-entropy whatever the training criterion, so that runs can be compared. `mistakes`, if given,
+    takes in every batch.
 
     Returns:
         loss, and counts int64 `[num_classes, num_classes]` on the CPU, rows the true class, columns the predicted.
@@ -84,6 +123,8 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], num_cla
             confusion = torch.zeros(num_classes * num_classes, dtype=torch.int64, device=logits.device)
         pairs = class_of(labels) * num_classes + logits.argmax(1)
         confusion.scatter_add_(0, pairs, torch.ones_like(pairs))
+        if mistakes is not None:
+            mistakes.add(images, logits, labels)
     model.train(training)
     if confusion is None:
         raise ValueError("no batch to evaluate")

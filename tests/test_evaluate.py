@@ -75,7 +75,8 @@ def test_a_file_that_was_moved(call: Call, trained: Path, tmp_path: Path) -> Non
     shutil.rmtree(tmp_path / "checkpoints")
     answer = call("evaluate", "checkpoint=far/away.pt")
     assert figures(answer.out) == figures((tmp_path / "printed.txt").read_text())
-    assert {p.name for p in elsewhere.parent.iterdir()} == {"away.pt", "evaluation.json"}
+    made = {"evaluation.json", "confusion.png", "mistakes.png"}
+    assert {p.name for p in elsewhere.parent.iterdir()} == {"away.pt", *made}
     assert not (tmp_path / "checkpoints").exists()
 
 
