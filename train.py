@@ -23,6 +23,7 @@ from engine.errors import RequestError, one_line
 from engine.loader import Batches, choose_device, load_splits
 from engine.metrics import Tally, accuracy, evaluate
 from engine.runs import log
+from engine.trackers import Trackers
 
 
 def main(config: dict[str, Any]) -> float:
@@ -67,6 +68,7 @@ def main(config: dict[str, Any]) -> float:
     log.debug(f"{model}\n" + "\n".join(f"{name} {list(p.shape)}" for name, p in model.named_parameters()))
 
     # The epochs.
+    trackers = Trackers(config, directory)
     history: list[dict[str, Any]] = []
     best: dict[str, Any] = {}
     for epoch in range(1, config["epochs"] + 1):
@@ -106,6 +108,7 @@ def main(config: dict[str, Any]) -> float:
             directory / "last.pt", {**state, "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
         )
         runs.write_metrics(directory / "metrics.csv", history)
+        trackers.epoch(history[-1])
         log.info(epoch_line(history[-1], config["epochs"]))
 
     # The test set, once, with the best weights.
@@ -113,21 +116,20 @@ def main(config: dict[str, Any]) -> float:
     test_loss, confusion = evaluate(model, test_batches, len(classes))
     log.info(f"test     accuracy {accuracy(confusion):.2%}, loss {test_loss:.4f} (weights of epoch {best['epoch']})")
     log.info(f"again    python evaluate.py checkpoint={directory / 'best.pt'}")
-    runs.write_json(
-        directory / "summary.json",
-        {
-            "test_accuracy": accuracy(confusion),
-            "test_loss": test_loss,
-            "best_epoch": best["epoch"],
-            "val_accuracy": best["val_accuracy"],
-            "val_loss": best["val_loss"],
-            "epochs": config["epochs"],
-            "seconds": round(sum(row["seconds"] for row in history), 3),
-            "device": str(device),
-            "threads": torch.get_num_threads(),
-            **runs.environment(),
-        },
-    )
+    summary = {
+        "test_accuracy": accuracy(confusion),
+        "test_loss": test_loss,
+        "best_epoch": best["epoch"],
+        "val_accuracy": best["val_accuracy"],
+        "val_loss": best["val_loss"],
+        "epochs": config["epochs"],
+        "seconds": round(sum(row["seconds"] for row in history), 3),
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+        **runs.environment(),
+    }
+    runs.write_json(directory / "summary.json", summary)
+    trackers.finish(summary)
     runs.stop_log()
     return best["val_accuracy"] if val_batches else best["train_accuracy"]
 

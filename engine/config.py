@@ -10,7 +10,6 @@ type is the default's. This module never imports torch, so a wrong request is an
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 import math
@@ -27,14 +26,22 @@ import hydra
 import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from engine.errors import RequestError, RunError, one_line
+from engine import compare, sweep, trackers
+from engine.errors import RequestError, RunError, did_you_mean, one_line
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs"
-GLOBAL_GROUPS = ("experiment", "debug")  # their files set values anywhere (`# @package _global_`), none of their own
+RUNS = Path("checkpoints")
+GLOBAL_GROUPS = (
+    "experiment",
+    "hparams_search",
+    "debug",
+)  # their files set values anywhere (`# @package _global_`), none of their own
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -187,9 +194,12 @@ def check(
         raise RequestError(f"the configuration cannot be resolved: {one_line(error)}") from None
     assert isinstance(plain, dict)
     known = read_settings(_find(directories, entry))
+    choices = {group: option for group, option in choices.items() if "/" not in group}  # not Hydra's own
+    choices |= _list_choices(config, entry)
     for group, option in choices.items():
-        if option is not None and group not in GLOBAL_GROUPS and not group.startswith("hydra/"):
-            known |= read_settings(_find(directories, f"{group}/{option}"), f"{group}.")
+        if option is not None and group not in GLOBAL_GROUPS:
+            for name in option if isinstance(option, list) else [option]:
+                known |= read_settings(_find(directories, f"{group}/{name}"), f"{group}.")
 
     for name, value in _leaves(plain, known):
         setting = known.get(name)
@@ -204,11 +214,16 @@ def check(
     for name in known:
         if OmegaConf.select(config, name, default=...) is ...:
             raise RequestError(f"the setting {name!r} was taken out (~{name}); it is needed, set it to a value instead")
-    return {**{str(key): value for key, value in plain.items()}, "choices": _plain_choices(choices)}
+    trackers.check_installed(choices.get("logger") or [])
+    return {**{str(key): value for key, value in plain.items()}, "choices": choices}
 
 
-def _plain_choices(choices: dict[str, str | None]) -> dict[str, str | None]:
-    return {group: option for group, option in choices.items() if "/" not in group}
+def _list_choices(config: DictConfig, entry: str) -> dict[str, Any]:
+    """Of the groups that take several options at once (`logger=[tensorboard,mlflow]`) the chosen ones.
+
+    Hydra does not list them among its choices; each option's values stand under the option's own name.
+    """
+    return {"logger": [str(name) for name in config.get("logger") or {}]} if entry == "train" else {}
 
 
 def _leaves(tree: dict[Any, Any], known: dict[str, Setting], path: str = "") -> Iterable[tuple[str, Any]]:
@@ -228,16 +243,6 @@ def _typed(value: Any) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """` (did you mean x or y?)` with the nearest of `known`, or an empty string when nothing is near."""
-    known = list(known)
-    near = difflib.get_close_matches(name, known, n=2, cutoff=0.75)
-    last = name.rpartition(".")[2]  # `lr` stands for `optimizer.lr`
-    near += [k for k in known if k.rpartition(".")[2] == last and k not in near][:2]
-    near = near or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f" (did you mean {' or '.join(near)}?)" if near else ""
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # From the command line to main()
 
@@ -252,27 +257,70 @@ def launch(entry: str) -> NoReturn:
     if {"-h", "--help"} & set(arguments):
         print(help_text(entry, _directories_of(arguments)))
         sys.exit(0)
+    if entry == "evaluate" and "--runs" in arguments:
+        _compare([a for a in arguments if a != "--runs"])
     if entry != "train" and not any(a.startswith("dataset=") for a in arguments):
         # Settings of the checkpoint's own dataset: let them through, main() holds them against the checkpoint.
         sys.argv[1:] = ["++" + a if a.startswith("dataset.") else a for a in arguments]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises what it would print, so that we print it in one line
     try:
         hydra.main(config_path=str(CONFIGS), config_name=entry, version_base="1.3")(_job)()
-    except (HydraException, OmegaConfBaseException, ValueError, OSError) as error:
-        fail(RequestError(_explain(error, arguments, entry)))
+        exit_code = 0
     except KeyboardInterrupt:
-        fail(RunError("interrupted"), 130)
-    sys.exit(0)
+        print("error: interrupted", file=sys.stderr)
+        exit_code = 130
+    except SystemExit as end:  # a run of its own that failed, or the end of an interrupted sweep
+        exit_code = end.code if isinstance(end.code, int) else 1
+    except Exception as error:
+        exit_code = _told(error, arguments, entry)
+    sys.exit(sweep.finish(exit_code))
+
+
+def _compare(arguments: list[str]) -> NoReturn:
+    """Print the table of all runs."""
+    try:
+        print(compare.command(arguments, RUNS))
+        sys.exit(0)
+    except RunError as error:
+        fail(error)
+
+
+def _told(error: Exception, arguments: list[str], entry: str) -> int:
+    """Say in one line what Hydra or one of its plugins raised, and with which exit code to leave."""
+    if sweep.has_started():
+        if not sweep.has_failures():  # else Optuna for instance, which has no best trial when all failed: told already
+            print(f"error: the sweep: {type(error).__name__}: {one_line(error)}", file=sys.stderr)
+        return 1
+    if isinstance(error, (HydraException, OmegaConfBaseException, ValueError, OSError)):
+        print(f"error: {_explain(error, arguments, entry)}", file=sys.stderr)
+        return RequestError.exit_code
+    traceback.print_exc()
+    return 1
+
+
+class SweepStart(Callback):
+    """Named in the entry points' YAML; Hydra calls it before a sweep."""
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        """Check all jobs and make the sweep's directory, or end the program."""
+        entry = str(config.hydra.job.name)
+        try:
+            sweep.start(config, _checked)
+        except RunError as error:
+            fail(error)
+        except (HydraException, OmegaConfBaseException, ValueError) as error:
+            fail(RequestError(_explain(error, sys.argv[1:], entry)))
+        except Exception:  # our own bug, which Hydra would only warn of
+            traceback.print_exc()
+            sys.exit(1)
 
 
 def _job(config: DictConfig) -> Any:
     """One job: check its configuration, import its entry point (and with it torch), run it."""
-    runtime = HydraConfig.get()
-    directories = [Path(s.path) for s in runtime.runtime.config_sources if s.schema == "file" and s.path]
-    entry = runtime.job.name
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        return sweep.run_job(config, _checked, _main)
     try:
-        plain = check(config, dict(runtime.runtime.choices), directories, entry)
-        return importlib.import_module(entry).main(plain)
+        return _main(_checked(config))
     except RunError as error:
         fail(error)
     except KeyboardInterrupt:
@@ -280,6 +328,19 @@ def _job(config: DictConfig) -> Any:
     except Exception:  # our own bug: the whole traceback
         traceback.print_exc()
         sys.exit(1)
+
+
+def _checked(config: DictConfig) -> dict[str, Any]:
+    """The plain checked data of a configuration, from one that Hydra composed or is running."""
+    runtime = config.hydra if "hydra" in config else HydraConfig.get()
+    directories = [Path(s.path) for s in runtime.runtime.config_sources if s.schema == "file" and s.path]
+    own = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+    return check(own, dict(runtime.runtime.choices), directories, str(runtime.job.name))
+
+
+def _main(config: dict[str, Any]) -> Any:
+    """Call main() of the entry point that is running."""
+    return importlib.import_module(HydraConfig.get().job.name).main(config)
 
 
 def fail(error: RunError, exit_code: int | None = None) -> NoReturn:
@@ -293,8 +354,10 @@ def _explain(error: Exception, arguments: list[str], entry: str) -> str:
     text = str(error)
     directories = _directories_of(arguments)
     groups = group_options(directories)
-    if found := re.search(r"Could not find '([^']+)/([^'/]+)'", text):
+    if found := re.search(r"Could not (?:find|load) '([^']+)/([^'/]+)'", text):
         group, option = found.groups()
+        if group.startswith("hydra/"):
+            return f"{group}={option}: no such option, or its plugin is not installed: {sweep.INSTALL}"
         options = groups.get(group, [])
         near = did_you_mean(option, options)
         return f"{group}={option}: no such {group}{near}; there is {', '.join(options) or 'none'}"
@@ -303,8 +366,10 @@ def _explain(error: Exception, arguments: list[str], entry: str) -> str:
         known = [*groups, *read_settings(_find(directories, entry))]
         chosen = dict(a.split("=", 1) for a in arguments if "=" in a)
         for group, default in _default_choices(_find(directories, entry)).items():
-            file = _find(directories, f"{group}/{chosen.get(group, default)}")
-            if file.is_file():
+            options = str(chosen.get(group, default)).strip("[]").split(",")
+            for file in (_find(directories, f"{group}/{option.strip()}") for option in options):
+                if not file.is_file():
+                    continue
                 known += read_settings(file, f"{group}.")
         return f"there is no setting {name!r}{did_you_mean(name, known)}; --help lists them all"
     return f"the command line is not understood: {one_line(error)}"

@@ -19,10 +19,9 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
-from engine.config import ROOT
+from engine.config import ROOT, RUNS
 from engine.errors import RequestError, one_line
 
-RUNS = Path("checkpoints")
 COLUMNS = ("epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "lr", "seconds", "images_per_second")
 
 log = logging.getLogger("run")  # to the terminal and to train.log
@@ -36,7 +35,9 @@ def check_name(name: str | None) -> None:
     """
     if name is None:
         return
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) or name == "latest":
+    sweep, _, own = name.rpartition("/")
+    in_sweep = sweep and (RUNS / sweep / "sweep.json").is_file()  # a sweep's runs are named sweep/run
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", own if in_sweep else name) or name == "latest":
         raise RequestError(f"name={name}: expected letters, digits, dots, dashes and underscores (and not 'latest')")
     if (RUNS / name).exists():
         raise RequestError(f"name={name}: {RUNS / name} is taken; choose another name or remove it")
@@ -82,7 +83,7 @@ def _claim(base: str, own_name: bool) -> Path:
 def _point_latest(directory: Path) -> None:
     temporary = RUNS / f".latest-{os.getpid()}"
     temporary.unlink(missing_ok=True)
-    temporary.symlink_to(directory.name)
+    temporary.symlink_to(directory.relative_to(RUNS))
     os.replace(temporary, RUNS / "latest")
 
 
@@ -95,7 +96,7 @@ def newest() -> Path:
     latest = RUNS / "latest"
     if not latest.is_dir():
         raise RequestError(f"there is no run in {RUNS.resolve()} yet; train one, or say checkpoint=PATH")
-    return RUNS / latest.resolve().name
+    return RUNS / latest.resolve().relative_to(RUNS.resolve())
 
 
 def start_log(file: Path) -> None:
