@@ -28,6 +28,7 @@ Row = dict[str, Any]
 RESULTS = ("run", "state", "val_accuracy", "val_loss", "test_accuracy", "test_loss", "best_epoch", "epoch", "seconds")
 ALWAYS = ("model", "dataset")  # shown even where all runs agree
 AVERAGED = ("val_accuracy", "test_accuracy")
+NOT_COMPARED = ("logger", "hparams_search")  # groups that change nothing about what a run comes to by themselves
 NOT_SETTINGS = (*RESULTS, "reason", "name", "runs", *(f"{name}_std" for name in AVERAGED))
 USAGE = """usage: python evaluate.py --runs [COLUMN=VALUE ...] [sort=COLUMN] [mean=seed] [output=FILE.csv]
 
@@ -70,7 +71,11 @@ def read_run(directory: Path, root: Path) -> Row | None:
     if not isinstance(config, dict):
         return None
     row: Row = {"run": directory.relative_to(root).as_posix(), "state": "", **{key: None for key in RESULTS[2:]}}
-    row |= {group: option for group, option in (config.pop("choices", None) or {}).items() if option is not None}
+    choices = config.pop("choices", None) or {}
+    for group in NOT_COMPARED:
+        choices.pop(group, None)
+        config.pop(group, None)
+    row |= {group: option for group, option in choices.items() if option is not None}
     row |= {name: value for name, value in flatten(config).items() if name not in row and not name.endswith("_target_")}
     row |= _metrics(directory / "metrics.csv")
     summary = read_json(directory / "summary.json")

@@ -288,8 +288,9 @@ def _compare(arguments: list[str]) -> NoReturn:
 def _told(error: Exception, arguments: list[str], entry: str) -> int:
     """Say in one line what Hydra or one of its plugins raised, and with which exit code to leave."""
     if sweep.has_started():
-        if not sweep.has_failures():  # else Optuna for instance, which has no best trial when all failed: told already
-            print(f"error: the sweep: {type(error).__name__}: {one_line(error)}", file=sys.stderr)
+        if isinstance(error, ValueError) and sweep.has_failures():
+            return 0  # Optuna, which finds no best trial where all have failed; those were told
+        print(f"error: the sweep: {type(error).__name__}: {one_line(error)}", file=sys.stderr)
         return 1
     if isinstance(error, (HydraException, OmegaConfBaseException, ValueError, OSError)):
         print(f"error: {_explain(error, arguments, entry)}", file=sys.stderr)

@@ -25,6 +25,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -37,7 +38,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from hydra.types import RunMode
-from omegaconf import DictConfig, open_dict, read_write
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from engine import compare
 from engine.errors import Interrupted, RequestError, RunError, one_line
@@ -45,6 +46,19 @@ from engine.errors import Interrupted, RequestError, RunError, one_line
 INSTALL = "pip install '.[sweep]'"
 Plain = dict[str, Any]
 MOST_CHECKED = 500  # jobs whose configurations are composed and checked before the first one runs; 0.1 s each
+
+# Where the plugins' own defaults do not serve a sweep of trainings: theirs, ours, why. What is set in a YAML or on the
+# command line stays as it is set.
+PLUGIN_DEFAULTS: dict[str, tuple[Any, Any]] = {
+    "sweeper.direction": ("minimize", "maximize"),  # main() returns an accuracy
+    "sweeper.storage": (None, "sqlite:///{directory}/study.db"),  # so that an interrupted search can go on
+    "sweeper.study_name": (None, "study"),
+    "sweeper.max_failure_rate": (0.0, 1.0),  # a failed trial is told and counted, the others go on
+    "sweeper.n_jobs": (2, "{at_once}"),  # as many trials proposed at once as the launcher runs
+    "sweeper.sampler.seed": (None, 0),  # the same proposals every time
+    "launcher.n_jobs": (-1, "{at_once}"),  # jobs, cores or GPUs, whichever are fewest
+    "launcher.batch_size": ("auto", 1),  # a process gets its next job when it is free
+}
 
 
 @dataclass
@@ -113,16 +127,31 @@ def start(config: DictConfig, check: Callable[[DictConfig], Any]) -> None:
     with read_write(config.hydra), open_dict(config.hydra):
         config.hydra.sweep.dir = str(directory)
         config.hydra.overrides.hydra.append(f"hydra.sweep.dir={directory}")  # for jobs in processes of their own
+        _set_defaults(config.hydra, directory, total)
         if optuna:
             settings["first_number"] = _continue_study(config.hydra.sweeper)
-        _share_machine(config.hydra, total)
     (directory / "sweep.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
     _started = Sweep(directory, time.time(), len(_journal(directory)))
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (_root(), os.environ.get("PYTHONPATH"))))
     signal.signal(signal.SIGTERM, _terminate)  # so that launchers take their processes down with them
+    if "submitit" in str(config.hydra.launcher._target_):
+        threading.Thread(target=_tell_news, args=(_started,), daemon=True).start()
     left = f", {settings['first_number']} of them done" if settings["first_number"] else ""
     print(f"sweep    {directory}, {total} {'trials' if optuna else 'jobs'}{left}", flush=True)
+
+
+def _tell_news(sweep: Sweep) -> None:
+    """Tell how jobs end whose output goes to files of their own, until the program ends."""
+    told = 0
+    while True:
+        time.sleep(2)
+        for record in _news(sweep)[told:]:
+            told += 1
+            if record["state"] == "finished":
+                print(f"job {record['job']} ({' '.join(record['overrides'])}): finished, {record['run']}", flush=True)
+            else:
+                _report(record, record["reason"])
 
 
 def _root() -> str:
@@ -196,22 +225,31 @@ def _claim(root: Path, name: str | None) -> Path:
     raise AssertionError
 
 
-def _share_machine(hydra: Any, total: int) -> None:
-    """As many joblib processes as there are jobs, cores or GPUs, whichever are fewest; Optuna proposes as many at once.
+def _set_defaults(hydra: Any, directory: Path, total: int) -> None:
+    """Set what PLUGIN_DEFAULTS names, in Optuna's and joblib's part of the configuration."""
+    typed = [str(text).partition("=")[0] for text in hydra.overrides.hydra]
+    at_once = _jobs_at_once(hydra, total)
+    for name, (theirs, ours) in PLUGIN_DEFAULTS.items():
+        if "submitit" in str(hydra.launcher._target_) and name.startswith("launcher."):
+            continue
+        value = OmegaConf.select(hydra, name, default="missing")
+        if f"hydra.{name}" not in typed and getattr(value, "name", value) == theirs:
+            value = at_once if ours == "{at_once}" else ours
+            OmegaConf.update(hydra, name, value.format(directory=directory) if isinstance(value, str) else value)
 
-    joblib gives each process its share of the cores as threads, so fewer processes than cores do not idle.
+
+def _jobs_at_once(hydra: Any, total: int) -> int:
+    """How many jobs the launcher is to run side by side.
+
+    joblib gives each process its share of the cores as threads, so that fewer processes than cores leave none idle.
     """
-    at_once = 1
     if "joblib" in str(hydra.launcher._target_):
         import joblib
 
-        if hydra.launcher.n_jobs is None:
-            hydra.launcher.n_jobs = max(1, min(total, len(visible_gpus()) or joblib.cpu_count()))
-        at_once = joblib.effective_n_jobs(hydra.launcher.n_jobs)
-    elif "submitit" in str(hydra.launcher._target_):
-        at_once = 4
-    if "n_jobs" in hydra.sweeper and hydra.sweeper.n_jobs is None:
-        hydra.sweeper.n_jobs = at_once
+        if hydra.launcher.n_jobs == -1:
+            return max(1, min(total, len(visible_gpus()) or joblib.cpu_count()))
+        return int(joblib.effective_n_jobs(hydra.launcher.n_jobs))
+    return min(total, 4) if "submitit" in str(hydra.launcher._target_) else 1
 
 
 def _continue_study(sweeper: Any) -> int:
@@ -313,8 +351,10 @@ def _varying(overrides: list[str], names: list[str]) -> list[str]:
 
 
 def _fingerprint(plain: dict[str, Any]) -> str:
-    """Equal for equal configurations, whatever they are named and in whatever order they were typed."""
-    content = json.dumps({k: v for k, v in plain.items() if k != "name"}, sort_keys=True, default=str)
+    """Equal for equal configurations, whatever they are named, whoever is told, in whatever order they were typed."""
+    choices = {group: name for group, name in plain["choices"].items() if group not in compare.NOT_COMPARED}
+    settings = {key: value for key, value in plain.items() if key not in ("name", *compare.NOT_COMPARED)}
+    content = json.dumps(settings | {"choices": choices}, sort_keys=True, default=str)
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
@@ -339,6 +379,7 @@ def _word(override: str) -> str:
     number = compare.as_number(value)
     if number is not None and "." in value and number != 0:
         value = f"{number:.4g}"  # Optuna's values have sixteen digits
+    value = value.replace("e+", "e")
     return re.sub(r"[^A-Za-z0-9.]+", "-", f"{name.rpartition('.')[2]}-{value}").strip("-.")
 
 
@@ -421,6 +462,7 @@ def finish(exit_code: int) -> int:
     """
     if _started is None:
         return exit_code
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     directory = _started.directory
     news = _news(_started)
     failed = [record for record in news if record["state"] == "failed"]
@@ -433,9 +475,11 @@ def finish(exit_code: int) -> int:
         print(f"\n{len(failed)} of {len(news)} jobs failed:", file=sys.stderr)
         for record in failed:
             _report(record, record["reason"])
-    if exit_code in (130, 143) and directory.is_dir():
+    if exit_code and directory.is_dir():
         again = shlex.join(["python", *sys.argv, *([] if _is_named() else [f"name={directory.name}"])])
-        print(f"\nthe sweep was stopped; what has finished is kept, the rest with: {again}", file=sys.stderr)
+        print(
+            f"\nthe sweep did not come to its end; what has finished is kept, the rest with: {again}", file=sys.stderr
+        )
     if exit_code or not failed:
         return exit_code
     return 2 if not rows and all(record.get("exit_code") == 2 for record in failed) else 1
@@ -466,7 +510,9 @@ def summary(directory: Path, rows: list[dict[str, Any]]) -> str:
     shown = compare.sorted_by(shown, best_by)
     columns = [column for column in compare.shown_columns(shown, always=()) if column != "state"]
     best = compare.sorted_by(rows, best_by)[0]
-    text = compare.table(shown, columns) + f"\n\nbest     {directory / best['run'] / 'best.pt'}"
+    # A run's name begins with its job's number and goes on with what the columns say.
+    short = [{**row, "run": str(row["run"]).partition("_")[0]} if "run" in row else row for row in shown]
+    text = compare.table(short, columns) + f"\n\nbest     {directory / best['run'] / 'best.pt'}"
     try:
         (directory / "sweep.csv").write_text(compare.csv_text(shown, columns), encoding="utf-8")
         text += f"\ntable    {directory / 'sweep.csv'}"

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import time
+import uuid
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Protocol
@@ -258,7 +259,7 @@ class WandB:
     def __init__(self, config: dict[str, Any], settings: dict[str, Any], directory: Path, next_epoch: int) -> None:
         import wandb
 
-        identity, known = _remembered(directory, "wandb", wandb.util.generate_id)
+        identity, known = _remembered(directory, "wandb", lambda: uuid.uuid4().hex[:8])
         self.wandb = wandb
         self.run = wandb.init(
             mode=settings["mode"],
