@@ -1,22 +1,28 @@
 """The datasets: one function each, named by `_target_` in a YAML of configs/dataset/.
 
 A function takes the settings of its YAML and returns an `ImageData`. What every dataset has in common (holding out a
-validation part, `limit`, transforms, batches) is done elsewhere, so that adding one is a function here and a YAML there.
+validation part, `limit`, transforms, batches) is done elsewhere: adding one is a function here and a YAML there.
+
+`python datasets.py dataset=...` shows one: a picture of training samples, counts per class, mean and deviation.
 """
 
 from __future__ import annotations
 
+import csv
 import gzip
 import math
+import os
 import pickle
+import warnings
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -31,13 +37,19 @@ class ImageData:
 
     Attributes:
         train, test: `(images, labels)` in memory, uint8 `[n, channels, height, width]` and int64 `[n]`; or a
-            `torch.utils.data.Dataset` of `(image, label)`, its images uint8 `[channels, height, width]` (or float, 0 to 1).
+            `torch.utils.data.Dataset` of `(image, label)`, its images uint8 `[channels, height, width]` (or float, 0 to
+            1), its labels class indices or probabilities `[num_classes]`. The labels of a map-style one are in
+            `.targets` where they can be had without reading the samples; validation is then held out class by class.
         classes: the class names; label `i` means `classes[i]`.
+        sampler: for an order of training samples other than a shuffle: called every epoch with the indices of the
+            training samples (int64 `[n]`, without those held out for validation), returns a `torch` Sampler or any
+            iterable with a length, of places in that list: `lambda i: WeightedRandomSampler(weights[i], 1000)`.
     """
 
     train: Part
     test: Part
     classes: Sequence[str]
+    sampler: Callable[[Tensor], Iterable[int]] | None = None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -75,11 +87,11 @@ def fashion_mnist(root: str) -> ImageData:
 
 def kmnist(root: str) -> ImageData:
     """Cursive Japanese characters (Clanuwat et al., arXiv:1812.01718)."""
-    return _mnist_family("KMNIST", root, "o ki su tsu na ha ma ya re wo".split())
+    return _mnist_family("KMNIST", root, ["o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo"])
 
 
 def _mnist_family(name: str, root: str, classes: list[str], also: Path | None = None) -> ImageData:
-    """Read the four IDX files of a data set of this family, downloading them with torchvision where they are missing."""
+    """Read the four IDX files of a data set of this family, downloading them with torchvision where missing."""
     folder = Path(root) / name / "raw"
     files = [f"{part}-{what}" for part in ("train", "t10k") for what in ("images-idx3-ubyte", "labels-idx1-ubyte")]
 
@@ -212,3 +224,291 @@ def _download(name: str, root: str, layout: str) -> None:
             f"{name} is not there and cannot be downloaded (tried {tried}: {one_line(error, 120)}); "
             f"put the files into {layout}, set dataset.root, or take dataset=digits, which needs nothing"
         ) from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Image files
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+MAX_PIXELS = 64_000_000  # more in one file is taken for a decompression bomb; 8000x8000
+
+
+def read_image(
+    path: str | os.PathLike[str],
+    channels: int = 3,
+    max_pixels: int = MAX_PIXELS,
+    at_least: tuple[int, int] | None = None,
+) -> Tensor:
+    """An image file as it is meant to be seen, uint8 `[channels, height, width]`.
+
+    EXIF rotation is applied, palettes are looked up, transparency is laid on white, 16 bits are scaled to 8, of an
+    animation the first picture counts.
+
+    Args:
+        path: JPEG, PNG, WebP, BMP, GIF, TIFF, or whatever else Pillow reads.
+        channels: 1 for grey, 3 for RGB.
+        max_pixels: width times height allowed.
+        at_least: (height, width) that it will be resized to: a JPEG of at least four times these pixels a side may be
+            decoded at a half, a quarter or an eighth of its size, which saves most of the work (the decoder averages
+            within its 8x8 blocks; Pillow's `thumbnail` does the same with the same margin).
+
+    Raises:
+        RequestError: it cannot be read, or is larger than `max_pixels`.
+    """
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # ours names the size and the file
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd metadata, which does not matter here
+            with Image.open(path) as image:
+                width, height = image.size
+                if width * height > max_pixels:
+                    raise RequestError(
+                        f"{path}: {width}x{height} pixels are more than the {max_pixels:,} allowed; "
+                        "make it smaller or remove it (for training, dataset.max_pixels is the limit)"
+                    )
+                if at_least is not None and image.format == "JPEG":
+                    side = 2 * max(at_least)  # square, as EXIF may still turn it
+                    image.draft("L" if channels == 1 and image.mode == "L" else "RGB", (side, side))
+                pixels = _eight_bits(ImageOps.exif_transpose(image), channels)
+    except RequestError:
+        raise
+    except FileNotFoundError:
+        raise RequestError(f"{path}: no such image file") from None
+    except Exception as error:  # a damaged file can raise nearly anything
+        reason = one_line(error, 120).replace(f"'{path}'", "it")
+        raise RequestError(f"{path}: cannot be read as an image ({reason}); replace or remove it") from None
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+    tensor = torch.from_numpy(pixels)
+    return tensor.unsqueeze(0) if channels == 1 else tensor.permute(2, 0, 1)
+
+
+def _eight_bits(image: Image.Image, channels: int) -> np.ndarray:
+    """Pixels of a Pillow image of any mode, uint8 `[height, width]` for one channel, else `[height, width, 3]`."""
+    if image.mode in ("F", "I") or image.mode.startswith("I;16"):
+        deep = np.asarray(image)
+        if image.mode == "F" or deep.min() < 0 or deep.max() > 65535:
+            raise ValueError("its pixels are 32 bits wide and of no known range; save it with 8 or 16 bits")
+        grey = ((deep.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
+        return grey if channels == 1 else np.repeat(grey[:, :, None], 3, axis=2)
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        coloured = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), coloured)
+    return np.array(image.convert("L" if channels == 1 else "RGB"))  # a copy, as Pillow's own memory is read-only
+
+
+class ImageFiles(Dataset):
+    """Image files and their labels.
+
+    Args:
+        paths: one a sample.
+        labels: class indices, as many.
+        channels: 1 for grey, 3 for RGB.
+        max_pixels: width times height allowed.
+        name: tells parts of the same folder apart, for their caches.
+
+    Attributes:
+        targets: int64 `[n]`, the labels.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[str],
+        labels: Sequence[int],
+        channels: int = 3,
+        max_pixels: int = MAX_PIXELS,
+        name: str = "",
+    ) -> None:
+        self.paths = np.array(paths, dtype=np.str_)  # one block: workers that touch no Python object copy no memory
+        self.targets = torch.tensor(labels, dtype=torch.int64)
+        self.channels, self.max_pixels, self.name = channels, max_pixels, name
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.read(index), int(self.targets[index])
+
+    def read(self, index: int, at_least: tuple[int, int] | None = None) -> Tensor:
+        """The image alone; `at_least` as in `read_image`."""
+        return read_image(str(self.paths[index]), self.channels, self.max_pixels, at_least)
+
+    def part(self, chosen: Tensor, name: str) -> ImageFiles:
+        """The samples of a mask, in their order."""
+        rows = chosen.nonzero().flatten()
+        paths, labels = self.paths[rows.numpy()].tolist(), self.targets[rows].tolist()
+        return ImageFiles(paths, labels, self.channels, self.max_pixels, name)
+
+
+def image_folder(root: str, test_fraction: float, channels: int, max_pixels: int) -> ImageData:
+    """Your own images, one folder a class: below `root`, or below `root`/train and `root`/test.
+
+    Args:
+        root: the folder.
+        test_fraction: share of every class kept for the test where there is no `root`/test.
+        channels: 1 for grey, 3 for RGB.
+        max_pixels: width times height allowed.
+    """
+    top = Path(root)
+    if not top.is_dir():
+        raise RequestError(
+            f"dataset.root={root}: no such folder; expected one folder a class in it, or train/ and test/"
+        )
+    train_folder = top / "train" if (top / "train").is_dir() else top
+    classes = _class_folders(train_folder)
+    train = _read_class_folders(train_folder, classes, channels, max_pixels)
+    if train_folder != top and (top / "test").is_dir():
+        test_classes = _class_folders(top / "test")
+        unknown = [name for name in test_classes if name not in classes]
+        if unknown:
+            raise RequestError(f"{top / 'test' / unknown[0]}: a class without a folder in {train_folder}")
+        missing = [name for name in classes if name not in test_classes]
+        if missing:
+            print(f"no test images of {', '.join(missing)}: {top / 'test'} has no such folder", flush=True)
+        return ImageData(train, _read_class_folders(top / "test", classes, channels, max_pixels), classes)
+    return _split_off_test(train, test_fraction, classes, root)
+
+
+def _class_folders(folder: Path) -> list[str]:
+    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    if not names:
+        raise RequestError(f"{folder}: no folder in it; expected one a class, named after it")
+    return names
+
+
+def _read_class_folders(folder: Path, classes: list[str], channels: int, max_pixels: int) -> ImageFiles:
+    """The image files of every class folder, those in folders below included, sorted by name."""
+    paths: list[str] = []
+    labels: list[int] = []
+    others: list[str] = []
+    for label, name in enumerate(classes):
+        if not (folder / name).is_dir():
+            continue
+        count = len(paths)
+        for directory, below, files in os.walk(folder / name, followlinks=True):
+            below.sort()
+            for file in sorted(file for file in files if not file.startswith(".")):
+                (paths if file.lower().endswith(EXTENSIONS) else others).append(os.path.join(directory, file))
+        if len(paths) == count:
+            raise RequestError(
+                f"{folder / name}: no image in this class folder (looked for {', '.join(EXTENSIONS)}); "
+                "add some, or remove the folder and with it the class"
+            )
+        labels += [label] * (len(paths) - count)
+    if others:
+        print(f"{len(others):,} files in {folder} are no images and left out (the first is {others[0]})", flush=True)
+    return ImageFiles(paths, labels, channels, max_pixels)
+
+
+def _split_off_test(files: ImageFiles, fraction: float, classes: list[str], where: str) -> ImageData:
+    """Keep a share of every class for the test, the same samples whatever the seed of a run."""
+    shuffled = torch.randperm(len(files), generator=torch.Generator().manual_seed(1))
+    test = torch.zeros(len(files), dtype=torch.bool)
+    for label in range(len(classes)):
+        members = shuffled[files.targets[shuffled] == label]
+        test[members[: round(fraction * len(members))]] = True
+    if not test.any() or test.all():
+        raise RequestError(
+            f"{where}: dataset.test_fraction={fraction} of {len(files)} images leaves {int(test.sum())} for the test "
+            f"and {int((~test).sum())} for training; change it, or add images"
+        )
+    return ImageData(files.part(~test, "train"), files.part(test, "test"), classes)
+
+
+def csv_images(
+    annotations_file: str,
+    img_dir: str,
+    test_annotations_file: str | None,
+    test_fraction: float,
+    classes: list[str] | None,
+    channels: int,
+    max_pixels: int,
+) -> ImageData:
+    """Your own images, listed in a CSV file: file name and label in the first two columns, with or without a header.
+
+    Args:
+        annotations_file: the CSV file; fields separated by comma, semicolon or tab.
+        img_dir: the folder that file names are relative to.
+        test_annotations_file: of the test images; None keeps a share of the training images instead.
+        test_fraction: that share, of every class.
+        classes: class names in the order of their numbers; None takes the names that occur, sorted, or where all labels
+            are numbers 0 to the largest.
+        channels: 1 for grey, 3 for RGB.
+        max_pixels: width times height allowed.
+    """
+    rows = _read_annotations(annotations_file, img_dir)
+    numbers = all(label.isdecimal() for _, _, label in rows) and not (classes and rows[0][2] in map(str, classes))
+    if classes:
+        names = [str(name) for name in classes]
+    elif numbers:
+        names = list(map(str, range(1 + min(10**6, max(int(label) for _, _, label in rows)))))
+    else:
+        names = sorted({label for _, _, label in rows})
+    present = set(_labels_of(rows, names, numbers, annotations_file))
+    if len(names) > 10 * len(present) + 10:
+        row, _, text = max(rows, key=lambda row: int(row[2]))
+        raise RequestError(
+            f"{annotations_file}, row {row}: label {text} would make {len(names):,} classes, but only "
+            f"{len(present)} labels occur; number the classes from 0, or write names"
+        )
+    if empty := [name for label, name in enumerate(names) if label not in present]:
+        print(f"{annotations_file} has no image of {len(empty)} classes ({', '.join(empty[:10])})", flush=True)
+    train = _listed(rows, names, numbers, annotations_file, channels, max_pixels)
+    if test_annotations_file is None:
+        return _split_off_test(train, test_fraction, names, annotations_file)
+    test_rows = _read_annotations(test_annotations_file, img_dir)
+    return ImageData(train, _listed(test_rows, names, numbers, test_annotations_file, channels, max_pixels), names)
+
+
+def _read_annotations(file: str, img_dir: str) -> list[tuple[int, str, str]]:
+    """Line number, path and label of every row; the first row is a header if no file has its name, but the next has."""
+    if not Path(img_dir).is_dir():
+        raise RequestError(f"dataset.img_dir={img_dir}: no such folder")
+    try:
+        text = Path(file).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"{file}: cannot be read as a CSV file in UTF-8 ({one_line(error, 120)})") from None
+    delimiter = max(",;\t", key=text.partition("\n")[0].count)
+    reader = csv.reader(text.splitlines(), delimiter=delimiter)
+    rows: list[tuple[int, str, str]] = []
+    try:
+        for row in reader:
+            if not any(cell.strip() for cell in row):
+                continue
+            if len(row) < 2 or not row[0].strip() or not row[1].strip():
+                raise RequestError(f"{file}, row {reader.line_num}: {row}; expected a file name and a label")
+            rows.append((reader.line_num, os.path.join(img_dir, row[0].strip()), row[1].strip()))
+    except csv.Error as error:
+        raise RequestError(f"{file}, row {reader.line_num}: {one_line(error)}") from None
+    there = [os.path.isfile(path) for _, path, _ in rows[:2]]
+    if there == [False, True] or (there == [False] and not Path(rows[0][1]).suffix):
+        del rows[0]
+    if not rows:
+        raise RequestError(f"{file}: lists no image; expected rows of file name and label")
+    for number, path, _ in rows:
+        if not os.path.isfile(path):
+            raise RequestError(
+                f"{file}, row {number}: {path} is not there; correct the name, the row or dataset.img_dir"
+            )
+    return rows
+
+
+def _labels_of(rows: list[tuple[int, str, str]], names: list[str], numbers: bool, file: str) -> list[int]:
+    place = {name: label for label, name in enumerate(names)}
+    labels = []
+    for number, _, text in rows:
+        label = (int(text) if text.isdecimal() else -1) if numbers else place.get(text, -1)
+        if not 0 <= label < len(names):
+            some = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+            expected = f"0 to {len(names) - 1}" if numbers else f"one of {some}"
+            raise RequestError(
+                f"{file}, row {number}: label {text!r}; expected {expected}, as there are {len(names)} classes"
+            )
+        labels.append(label)
+    return labels
+
+
+def _listed(
+    rows: list[tuple[int, str, str]], names: list[str], numbers: bool, file: str, channels: int, max_pixels: int
+) -> ImageFiles:
+    return ImageFiles([path for _, path, _ in rows], _labels_of(rows, names, numbers, file), channels, max_pixels)

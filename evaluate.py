@@ -5,13 +5,14 @@ from engine.config import launch
 if __name__ == "__main__":
     launch("evaluate")  # answers help, completion and typos, and only then imports torch and calls main() below
 
+import os
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from engine import checkpoint, runs
-from engine.config import build, did_you_mean
+from engine.config import build, check_value, known_settings
 from engine.errors import RequestError
 from engine.loader import Batches, choose_device, load_splits
 from engine.metrics import accuracy, evaluate, per_class
@@ -26,14 +27,18 @@ def main(config: dict[str, Any]) -> float:
     device = choose_device(config["device"])
     path = Path(config["checkpoint"]) if config["checkpoint"] else runs.newest() / "best.pt"
     saved = checkpoint.read(path)
-    config = settings_for(saved, config, path)
-    splits, classes = load_splits(config["dataset"], only=config["split"])
-    if config["split"] not in splits:
-        raise RequestError(
-            f"split={config['split']}: this data set has none (dataset.val_fraction={config['dataset']['val_fraction']})"
-        )
-    batches = Batches(splits[config["split"]], config["dataset"]["eval_transforms"], config, device)
-    model = model_of(saved, config, path, batches.sample_shape(), classes).to(device)
+    output = Path(config["output"]) if config["output"] else path.parent / "evaluation.json"
+    if output.is_dir() or not os.access(output.parent, os.W_OK):
+        raise RequestError(f"{output}: cannot be written; set output= to a file in a folder that exists")
+    with checkpoint.interpreting(path):
+        config = settings_for(saved, config, path)
+        target = None if config["own_dataset"] else checkpoint.trusted(config["dataset"]["_target_"], path)
+        splits, classes = load_splits(config["dataset"], only=config["split"], target=target)
+        if config["split"] not in splits:
+            fraction = config["dataset"]["val_fraction"]
+            raise RequestError(f"split={config['split']}: there is none with dataset.val_fraction={fraction}")
+        batches = Batches(splits[config["split"]], config["dataset"]["eval_transforms"], config, device)
+        model = model_of(saved, config, path, batches.sample_shape(), classes).to(device)
 
     loss, confusion = evaluate(model, batches, len(classes))
 
@@ -41,7 +46,6 @@ def main(config: dict[str, Any]) -> float:
     print(f"accuracy {accuracy(confusion):.2%}, loss {loss:.4f}\n")
     rows = per_class(confusion, classes)
     print(table(rows))
-    output = Path(config["output"]) if config["output"] else path.parent / "evaluation.json"
     runs.write_json(
         output,
         {
@@ -71,7 +75,8 @@ def settings_for(saved: dict[str, Any], config: dict[str, Any], path: Path) -> d
             raise RequestError(
                 f"{path}: a bare state_dict; say which model and data it is for: model=mlp dataset=fashion_mnist"
             )
-        return {**config, "batch_size": config["batch_size"] or 64, "seed": 0, "limit_batches": None}
+        own = {"batch_size": 64, "seed": 0, "limit_batches": None}
+        return {**config, **own, "batch_size": config["batch_size"] or 64, "own_dataset": True}
     own = saved["config"]
     if config.get("model"):
         raise RequestError(f"model={config['choices']['model']}: {path} names its own model; leave model= out")
@@ -80,13 +85,14 @@ def settings_for(saved: dict[str, Any], config: dict[str, Any], path: Path) -> d
         dataset = asked_dataset
         choices["dataset"] = config["choices"]["dataset"]
     else:
-        for key in asked_dataset:
-            if key not in own["dataset"]:
-                raise RequestError(f"there is no setting 'dataset.{key}'{did_you_mean(key, own['dataset'])}")
+        known = known_settings("dataset", choices["dataset"], own["dataset"])
         dataset = {**own["dataset"], **asked_dataset}
+        for key, value in dataset.items():
+            check_value(f"dataset.{key}", value, known)
     return {
         **config,
         "dataset": dataset,
+        "own_dataset": bool(config["choices"].get("dataset")),  # named here, not by the checkpoint
         "choices": choices,
         "batch_size": config["batch_size"] or own["batch_size"],
         "seed": own["seed"],
@@ -104,7 +110,8 @@ def model_of(
         return model
     if list(saved["input_shape"]) != list(input_shape):
         raise RequestError(
-            f"{path}: its model takes images {saved['input_shape']}, the data has {list(input_shape)}; set dataset.eval_transforms"
+            f"{path}: its model takes images {saved['input_shape']}, the data has {list(input_shape)}; "
+            "set dataset.eval_transforms"
         )
     if len(saved["classes"]) != len(classes):
         raise RequestError(

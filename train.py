@@ -8,21 +8,23 @@ from engine.config import launch
 if __name__ == "__main__":
     launch("train")  # answers help, completion and typos, and only then imports torch and calls main() below
 
-import inspect
-import sys
-import time
+import os
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import nn
+from torch.optim import Optimizer
 
 from engine import checkpoint, runs
 from engine.config import build
 from engine.errors import RequestError, one_line
-from engine.loader import Batches, choose_device, load_splits
+from engine.loader import Batches, choose_device, fingerprint, load_splits
 from engine.metrics import Tally, accuracy, evaluate
+from engine.progress import Bar, epoch_line
 from engine.runs import log
+from engine.saver import Progress, RandomStates, Saver
+from engine.schedules import build_schedule
 from engine.trackers import Trackers
 
 
@@ -33,160 +35,185 @@ def main(config: dict[str, Any]) -> float:
         the best validation accuracy (0 to 1), or the last training accuracy without a validation part; for sweepers.
     """
     # Data.
-    runs.check_name(config["name"])
+    runs.check_name(config)
     device = choose_device(config["device"])
+    if config["deterministic"]:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS wants it before its first use
+        torch.use_deterministic_algorithms(True)
     data = config["dataset"]
     splits, classes = load_splits(data)
     train_batches = Batches(splits["train"], data["train_transforms"], config, device, training=True)
     val_batches = Batches(splits["val"], data["eval_transforms"], config, device) if "val" in splits else None
     test_batches = Batches(splits["test"], data["eval_transforms"], config, device)
-    input_shape = test_batches.sample_shape()
+    input_shape = train_batches.sample_shape()
 
     # Model, loss, optimizer, schedule.
     torch.manual_seed(config["seed"])
     model = build(config["model"], "model", input_shape=input_shape, num_classes=len(classes)).to(device)
-    probe(model, input_shape, len(classes), device)
+    probe(model, input_shape, len(classes), train_batches)
     criterion = build(config["criterion"], "criterion").to(device)
     optimizer = build(config["optimizer"], "optimizer", model.parameters())
-    total_steps = config["epochs"] * len(train_batches)
-    scheduler = build(
-        config["scheduler"], "scheduler", optimizer, total_steps=total_steps, steps_per_epoch=len(train_batches)
-    )
+    steps = len(train_batches)
+    schedule = build_schedule(config["scheduler"], optimizer, config["epochs"], steps)
 
-    # The run directory.
-    directory = runs.create(config)
+    # The run: its directory, and what it saves.
+    directory = runs.reopen(config) if config["resume"] else runs.create(config)
     runs.start_log(directory / "train.log")
-    log.info(f"model    {config['choices']['model']}, {sum(p.numel() for p in model.parameters()):,} parameters")
-    sizes = ", ".join(f"{len(split):,} {name}" for name, split in splits.items())
-    log.info(
-        f"data     {config['choices']['dataset']}, {sizes}, images {'x'.join(map(str, input_shape))}, {len(classes)} classes"
-    )
-    log.info(f"device   {device}" + (f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""))
-    log.info(f"run      {directory}")
-    if val_batches is None:
-        log.info("no validation part (dataset.val_fraction=0): the last epoch counts as the best")
-    log.debug(f"{model}\n" + "\n".join(f"{name} {list(p.shape)}" for name, p in model.named_parameters()))
+    environment = {"device": str(device), "threads": torch.get_num_threads(), **runs.environment()}
+    about = {
+        "format": checkpoint.FORMAT,
+        "config": runs.own_config(config),
+        "classes": classes,
+        "input_shape": list(input_shape),
+        "data": fingerprint(splits),
+        "environment": environment,
+    }
+    progress, tally = Progress(), Tally(steps, device)
+    parts: dict[str, Any] = {
+        "model": model,
+        "optimizer": optimizer,
+        "scheduler": schedule,
+        "tally": tally,
+        "progress": progress,
+    }
+    saver = Saver(directory, about, {**parts, "random": RandomStates()}, **config["checkpoint"])
+    describe(config, model, splits, input_shape, classes, device, directory)
+    if config["resume"]:
+        saver.restore(config["changed"])
+        runs.save_config(directory, config)
 
     # The epochs.
-    trackers = Trackers(config, directory)
-    history: list[dict[str, Any]] = []
-    best: dict[str, Any] = {}
-    for epoch in range(1, config["epochs"] + 1):
-        began = time.perf_counter()
-        lr = optimizer.param_groups[0]["lr"]
-        train_loss, train_accuracy = train_epoch(model, train_batches, criterion, optimizer, scheduler, epoch)
-        val_loss, val_accuracy = None, None
-        seconds = time.perf_counter() - began
-        if val_batches:
-            val_loss, confusion = evaluate(model, val_batches, len(classes))
-            val_accuracy = accuracy(confusion)
-        history.append(
-            {
-                "epoch": epoch,
-                "train_loss": train_loss,
-                "train_accuracy": train_accuracy,
-                "val_loss": val_loss,
-                "val_accuracy": val_accuracy,
-                "lr": lr,
-                "seconds": seconds,
-                "images_per_second": train_batches.num_samples / seconds,
-            }
-        )
-        state = {
-            "format": checkpoint.FORMAT,
-            "model": model.state_dict(),
-            "config": config,
-            "classes": classes,
-            "input_shape": list(input_shape),
-            "epoch": epoch,
-            "metrics": history[-1],
-        }
-        if val_accuracy is None or not best or (val_accuracy, -val_loss) > (best["val_accuracy"], -best["val_loss"]):
-            best = history[-1]
-            checkpoint.write(directory / "best.pt", state)
-        checkpoint.write(
-            directory / "last.pt", {**state, "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
-        )
-        runs.write_metrics(directory / "metrics.csv", history)
-        trackers.epoch(history[-1])
-        log.info(epoch_line(history[-1], config["epochs"]))
+    trackers = Trackers(config, directory, next_epoch=progress.epoch)
+    with saver, trackers:
+        while progress.epoch <= config["epochs"] and not stop_early(progress, config["early_stopping"]["patience"]):
+            train_epoch(model, train_batches, criterion, optimizer, schedule, tally, progress, saver, config)
+            train_loss, train_accuracy = tally.read()
+            row: dict[str, Any] = {"epoch": progress.epoch, "train_loss": train_loss, "train_accuracy": train_accuracy}
+            row |= {"val_loss": None, "val_accuracy": None, "lr": progress.lr, "seconds": progress.seconds}
+            row["images_per_second"] = sum(tally.sizes) / row["seconds"]
+            if val_batches:
+                row["val_loss"], confusion = evaluate(model, saver.watch(val_batches), len(classes))
+                row["val_accuracy"] = accuracy(confusion)
 
-    # The test set, once, with the best weights.
-    checkpoint.load_weights(model, checkpoint.read(directory / "best.pt")["model"], directory / "best.pt")
-    test_loss, confusion = evaluate(model, test_batches, len(classes))
-    log.info(f"test     accuracy {accuracy(confusion):.2%}, loss {test_loss:.4f} (weights of epoch {best['epoch']})")
-    log.info(f"again    python evaluate.py checkpoint={directory / 'best.pt'}")
+            saver.check()
+            tally.reset()
+            if progress.end_epoch(row):
+                saver.save_best()
+            saver.save_last()
+            runs.write_metrics(directory / "metrics.csv", progress.history)
+            trackers.epoch(row)
+            log.info(epoch_line(row, config["epochs"], progress.history))
+
+        # The test set, once, with the best weights.
+        best = checkpoint.read(directory / "best.pt")
+        checkpoint.load_weights(model, best["model"], directory / "best.pt")
+        test_loss, confusion = evaluate(model, saver.watch(test_batches), len(classes))
     summary = {
         "test_accuracy": accuracy(confusion),
         "test_loss": test_loss,
-        "best_epoch": best["epoch"],
-        "val_accuracy": best["val_accuracy"],
-        "val_loss": best["val_loss"],
-        "epochs": config["epochs"],
-        "seconds": round(sum(row["seconds"] for row in history), 3),
-        "device": str(device),
-        "threads": torch.get_num_threads(),
-        **runs.environment(),
+        "best_epoch": progress.best["epoch"],
+        "val_accuracy": progress.best["val_accuracy"],
+        "val_loss": progress.best["val_loss"],
+        "epochs": len(progress.history),
+        "seconds": round(sum(row["seconds"] for row in progress.history), 3),
+        "seed": config["seed"],
+        "data": about["data"],
+        **environment,
     }
+    runs.write_metrics(directory / "metrics.csv", progress.history)
     runs.write_json(directory / "summary.json", summary)
     trackers.finish(summary)
-    runs.stop_log()
-    return best["val_accuracy"] if val_batches else best["train_accuracy"]
+    log.info(f"test     accuracy {accuracy(confusion):.2%}, loss {test_loss:.4f} (weights of epoch {best['epoch']})")
+    log.info(f"again    python evaluate.py checkpoint={directory / 'best.pt'}")
+    runs.close(directory)
+    return progress.best["val_accuracy"] if val_batches else progress.best["train_accuracy"]
 
 
 def train_epoch(
     model: nn.Module,
     batches: Batches,
     criterion: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scheduler: Any,
-    epoch: int,
-) -> tuple[float, float]:
-    """Train on every batch of an epoch; returns mean loss and accuracy (0 to 1) over its samples."""
+    optimizer: Optimizer,
+    schedule: Any,
+    tally: Tally,
+    progress: Progress,
+    saver: Saver,
+    config: dict[str, Any],
+) -> None:
+    """Train on the batches of an epoch that are still to come; loss and counts are in the tally afterwards."""
     model.train()
-    tally = Tally(len(batches), batches.device)
-    bar = tqdm(
-        total=len(batches), desc=f"epoch {epoch}", leave=False, disable=not sys.stdout.isatty(), dynamic_ncols=True
-    )
-    for images, labels in batches.epoch(epoch):
+    progress.begin_epoch(lr=optimizer.param_groups[0]["lr"])
+    bar = Bar(f"epoch {progress.epoch}/{config['epochs']}", len(batches), progress.batch, tally, optimizer)
+    for images, labels in batches.epoch(progress.epoch, start=progress.batch):
         logits = model(images)
         loss = criterion(logits, labels)
 
         optimizer.zero_grad()
         loss.backward()
+        if config["clip_grad_norm"]:
+            nn.utils.clip_grad_norm_(model.parameters(), config["clip_grad_norm"])
         optimizer.step()
-        scheduler.step()
+        schedule.step()
 
         tally.add(loss, logits, labels)
+        progress.batch += 1
         bar.update()
+        saver.after_step()  # saves when it is time, leaves when told to
     bar.close()
-    return tally.read()
 
 
-def probe(model: nn.Module, input_shape: tuple[int, int, int], num_classes: int, device: torch.device) -> None:
+def stop_early(progress: Progress, patience: int | None) -> bool:
+    """Whether validation has not become better for `patience` epochs."""
+    if patience is None or progress.epochs_since_best() < patience:
+        return False
+    log.info(f"stopped early: nothing better than epoch {progress.best['epoch']} for {patience} epochs")
+    return True
+
+
+def probe(model: nn.Module, input_shape: tuple[int, int, int], num_classes: int, batches: Batches) -> None:
     """Send one empty image through the model, so that a misfit is told before anything is made on disk.
 
     Raises:
-        RequestError: the model does not take images of this shape, or does not give one logit a class.
+        RequestError: the model does not take images of this shape, does not give one logit a class, or has batch
+            normalisation and would be given a batch of one sample.
     """
+    name = type(model).__name__
     model.eval()
     try:
         with torch.no_grad():
-            shape = list(model(torch.zeros(1, *input_shape, device=device)).shape)
+            shape = list(model(torch.zeros(1, *input_shape, device=batches.device)).shape)
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
-        raise RequestError(
-            f"model {type(model).__name__} does not take images {list(input_shape)}: {one_line(error)}"
-        ) from error
+        raise RequestError(f"model {name} does not take images {list(input_shape)}: {one_line(error)}") from error
     if shape != [1, num_classes]:
+        raise RequestError(f"model {name} gives {shape} for one image; expected [1, {num_classes}], a logit a class")
+    last = batches.num_samples % batches.batch_size or batches.batch_size
+    if last == 1 and any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
         raise RequestError(
-            f"model {type(model).__name__} gives {shape} for one image; expected [1, {num_classes}], a logit a class"
+            f"batch_size={batches.batch_size}: the last batch of {batches.num_samples} samples would hold one, "
+            f"and the batch normalisation of {name} needs two; take drop_last=true or another batch_size"
         )
 
 
-def epoch_line(row: dict[str, Any], epochs: int) -> str:
-    """One line of the log for an epoch."""
-    val = "" if row["val_loss"] is None else f"   val loss {row['val_loss']:.4f} accuracy {row['val_accuracy']:.2%}"
-    return (
-        f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}   train loss {row['train_loss']:.4f} accuracy "
-        f"{row['train_accuracy']:.2%}{val}   lr {row['lr']:.2g}   {row['seconds']:.1f} s, {row['images_per_second']:,.0f} images/s"
-    )
+def describe(
+    config: dict[str, Any],
+    model: nn.Module,
+    splits: dict[str, Any],
+    input_shape: tuple[int, int, int],
+    classes: list[str],
+    device: torch.device,
+    directory: Path,
+) -> None:
+    """Log what is about to be trained, on what and where."""
+    sizes = ", ".join(f"{len(split):,} {name}" for name, split in splits.items())
+    shape = "x".join(map(str, input_shape))
+    log.info(f"model    {config['choices']['model']}, {sum(p.numel() for p in model.parameters()):,} parameters")
+    log.info(f"data     {config['choices']['dataset']}, {sizes}, images {shape}, {len(classes)} classes")
+    log.info(f"device   {device}" + (f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""))
+    log.info(f"run      {directory}")
+    if "val" not in splits:
+        log.info("no validation part (dataset.val_fraction=0): the last epoch counts as the best")
+    if config["deterministic"]:
+        log.info(
+            "deterministic=true: PyTorch's deterministic algorithms only, which can be several times slower on a GPU"
+        )
+    log.debug(f"{model}\n" + "\n".join(f"{name} {list(p.shape)}" for name, p in model.named_parameters()))

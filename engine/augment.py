@@ -1,17 +1,30 @@
 """Transforms of whole batches on the device, every sample with its own random draw.
 
-Names and arguments are those of `torchvision.transforms.v2`; those transforms give a whole batch the same draw, these do
-not. What a sample draws is a pure function of (seed, epoch, sample index, place of the transform in the list), whatever
+Names and arguments are those of `torchvision.transforms.v2`, which gives a whole batch the same draw; these do not.
+What a sample draws is a pure function of (seed, epoch, sample index, place of the transform in the list), whatever
 batch, process or device it is in.
+
+Images come as uint8 0 to 255 or as floats, 0 to 1 before `Normalize`. A transform that needs floats gets floats. `fill`
+always counts from 0 to 255.
+
+A transform of torchvision that is not here (or not with these arguments) runs on one image at a time, with torch's
+generator seeded from the same draws: `PerImage`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import permutations
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from engine.errors import RunError, one_line
 
 _GOLDEN = -0x61C8864680B583EB  # 2^64 / golden ratio, as a signed 64-bit integer
 _MASK = (1 << 64) - 1
@@ -36,53 +49,135 @@ def sample_seed(seed: int, epoch: int, index: int | Tensor = 0) -> Tensor:
 
 
 class Draws:
-    """The random numbers of one batch: every call of `uniform` gives new ones, the same for a sample in any batch.
+    """The random numbers of samples: every call of `uniform` gives new ones, the same for a sample in any batch.
+
+    They are computed for many batches at once, which costs little more than for one, and shown a window at a time.
 
     Args:
         seed: of the run.
         epoch: counted from 1.
-        index: int64 [batch], the samples' places in the data set.
+        index: int64 `[n]`, the samples' places in the data set.
     """
+
+    most = 64  # numbers a sample that are computed ahead; more would take memory
 
     def __init__(self, seed: int, epoch: int, index: Tensor) -> None:
         self.bits = sample_seed(seed, epoch, index)
+        self.begin, self.end = 0, len(index)
         self.drawn = 0
+        self.known: dict[tuple[int, int, str], Tensor] = {}
 
-    def uniform(self, count: int, device: torch.device) -> Tensor:
-        """Uniform numbers in [0, 1), float32 `[batch, count]`, on `device`."""
-        slot = torch.arange(self.drawn + 1, self.drawn + count + 1, dtype=torch.int64)
+    def window(self, begin: int, count: int) -> Draws:
+        """Itself, for the batch of the samples from `begin` on."""
+        self.begin, self.end = begin, begin + count
+        return self
+
+    def at(self, place: int) -> Draws:
+        """Itself, for the transform at `place` of the list: what others draw before it changes nothing."""
+        self.drawn = place << 40
+        return self
+
+    def integers(self, count: int) -> Tensor:
+        """64 random bits, int64 `[batch, count]`, on the CPU."""
+        bits = self._integers(self.bits[self.begin : self.end], count)
         self.drawn += count
-        bits = _mix(self.bits[:, None] + slot * _GOLDEN)
-        numbers = ((bits >> 40) & 0xFFFFFF).float() * 2.0**-24
-        return numbers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else numbers.to(device)
+        return bits
+
+    def _integers(self, bits: Tensor, count: int) -> Tensor:
+        slot = torch.arange(self.drawn + 1, self.drawn + count + 1, dtype=torch.int64)
+        return _mix(bits[:, None] + slot * _GOLDEN)
+
+    def uniform(self, count: int, device: torch.device | None = None) -> Tensor:
+        """Uniform numbers in [0, 1), float32 `[batch, count]`, on the CPU or `device`; nothing waits for the device."""
+        ahead = count <= self.most
+        key = (self.drawn, count, device.type if device else "cpu")
+        numbers = self.known.get(key) if ahead else None
+        if numbers is None:
+            bits = self._integers(self.bits if ahead else self.bits[self.begin : self.end], count)
+            numbers = ((bits >> 40) & 0xFFFFFF).float() * 2.0**-24
+            if device is not None:
+                numbers = _to(numbers, device)
+            if ahead:
+                self.known[key] = numbers
+        self.drawn += count
+        return numbers[self.begin : self.end] if ahead else numbers
+
+
+def _to(numbers: Tensor, device: torch.device) -> Tensor:
+    """On the device, without waiting for it."""
+    if device.type == "cpu":
+        return numbers
+    return numbers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else numbers.to(device)
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 0 to 255 as float32 0 to 1, bit by bit what torchvision's `ToTensor` does; floats as they are."""
+    return images if images.is_floating_point() else torch.div(images, 255)
+
+
+def random_states() -> tuple[Any, ...]:
+    """Of the generators of torch (CPU), NumPy and Python."""
+    return torch.get_rng_state(), np.random.get_state(), random.getstate()
+
+
+def set_random_states(states: tuple[Any, ...]) -> None:
+    """Go on from `random_states()`."""
+    torch.set_rng_state(states[0])
+    np.random.set_state(states[1])
+    random.setstate(states[2])
+
+
+@contextmanager
+def own_randomness() -> Iterator[None]:
+    """What is drawn or seeded inside leaves those generators as they were outside."""
+    states = random_states()
+    try:
+        yield
+    finally:
+        set_random_states(states)
+
+
+def seed_everything(bits: int) -> None:
+    """Seed the generators of torch (CPU only), NumPy and Python with 64 bits."""
+    torch.default_generator.manual_seed(bits)
+    np.random.seed(bits & 0xFFFFFFFF)
+    random.seed(bits)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batch transforms
 
 
 class Normalize:
-    """(image - mean) / std for each channel; images are floats from 0 to 1."""
+    """(image - mean) / std for each channel; mean and std count from 0 to 1."""
 
-    needs_float = True
+    needs_float = False
+    random = False
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         if len(mean) != len(std) or not all(s > 0 for s in std):
             raise ValueError(f"mean {mean} and std {std}: expected as many, and std above 0")
-        self.mean, self.std = (torch.tensor(values).view(1, -1, 1, 1) for values in (mean, std))
+        self.mean, self.std = (torch.tensor(values, dtype=torch.float32).view(1, -1, 1, 1) for values in (mean, std))
 
-    def __call__(self, images: Tensor, draws: Draws) -> Tensor:
+    def __call__(self, images: Tensor, draws: Draws | None = None) -> Tensor:
         if self.mean.device != images.device:
             self.mean, self.std = self.mean.to(images.device), self.std.to(images.device)
         if self.mean.shape[1] not in (1, images.shape[1]):
             raise ValueError(f"mean has {self.mean.shape[1]} values, but images have {images.shape[1]} channels")
-        return images.sub_(self.mean).div_(self.std)
+        if images.is_floating_point():
+            return images.sub(self.mean).div_(self.std)
+        return torch.sub(images, self.mean * 255).div_(self.std * 255)  # one pass less over the batch
 
 
 class RandomHorizontalFlip:
     """Mirror left to right with probability `p`."""
 
     needs_float = False
+    random = True
     axis = 3
 
     def __init__(self, p: float = 0.5) -> None:
-        self.p = p
+        self.p = _probability(p)
 
     def __call__(self, images: Tensor, draws: Draws) -> Tensor:
         flip = draws.uniform(1, images.device) < self.p
@@ -101,45 +196,473 @@ class RandomCrop:
     Args:
         size: height and width of the window in pixels; one number is a square.
         padding: pixels added on each side: all, (left-right, top-bottom) or (left, top, right, bottom).
-        fill: their value, 0 to 255.
+        fill: their value, 0 to 255; one number, or one a channel.
         padding_mode: constant, edge, reflect or symmetric.
     """
 
     needs_float = False
+    random = True
 
     def __init__(
         self,
         size: int | Sequence[int],
         padding: int | Sequence[int] | None = None,
-        fill: float = 0,
+        pad_if_needed: bool = False,
+        fill: float | Sequence[float] = 0,
         padding_mode: str = "constant",
     ) -> None:
+        if pad_if_needed:
+            raise NotImplementedError
         self.height, self.width = (size, size) if isinstance(size, int) else size
         sides = [padding or 0] if isinstance(padding, int) or padding is None else list(padding)
-        left, top, right, bottom = {1: sides * 4, 2: sides * 2, 4: sides}[len(sides)]
-        self.padding = [left, right, top, bottom]
-        self.fill = fill
-        self.mode = {"constant": "constant", "edge": "replicate", "reflect": "reflect"}[padding_mode]
+        self.left, self.top, self.right, self.bottom = {1: sides * 4, 2: sides * 2, 4: sides}[len(sides)]
+        self.fill = _fill(fill)
+        self.source = {"constant": None, "edge": _edge, "reflect": _reflect, "symmetric": _symmetric}[padding_mode]
 
     def __call__(self, images: Tensor, draws: Draws) -> Tensor:
-        if any(self.padding):
-            if self.mode == "constant":
-                fill = self.fill if images.dtype == torch.uint8 else self.fill / 255
-                images = torch.nn.functional.pad(images, self.padding, value=fill)
-            else:
-                images = torch.nn.functional.pad(images, self.padding, mode=self.mode)
-        down, right = images.shape[2] - self.height + 1, images.shape[3] - self.width + 1
-        if down < 1 or right < 1:
-            found = f"{images.shape[2]}x{images.shape[3]}"
-            raise ValueError(f"size {self.height}x{self.width} is larger than the padded image, {found}")
+        images = self._pad(images)
+        batch, channels, height, width = images.shape
+        down, across = height - self.height + 1, width - self.width + 1
+        if down < 1 or across < 1:
+            raise ValueError(f"size {self.height}x{self.width} is larger than the padded image, {height}x{width}")
         place = draws.uniform(2, images.device)
-        top, left = (place[:, 0] * down).long(), (place[:, 1] * right).long()
-        windows = images.unfold(2, self.height, 1).unfold(
-            3, self.width, 1
-        )  # a view [batch, channels, down, right, h, w]
-        return windows[torch.arange(len(images), device=images.device), :, top, left]
+        rows = (place[:, :1] * down).long() + torch.arange(
+            self.height, device=images.device
+        )  # [batch, window's height]
+        columns = (place[:, 1:] * across).long() + torch.arange(self.width, device=images.device)
+        pixel = ((rows * width)[:, :, None] + columns[:, None, :]).view(batch, 1, -1)
+        windows = images.flatten(2).gather(2, pixel.expand(-1, channels, -1))
+        return windows.view(batch, channels, self.height, self.width)
+
+    def _pad(self, images: Tensor) -> Tensor:
+        if not (self.left or self.top or self.right or self.bottom):
+            return images
+        height, width = images.shape[2:]
+        if self.source is not None:
+            rows = self.source(torch.arange(-self.top, height + self.bottom), height).to(images.device)
+            columns = self.source(torch.arange(-self.left, width + self.right), width).to(images.device)
+            return images.index_select(2, rows).index_select(3, columns)
+        fill = self.fill if images.dtype == torch.uint8 else self.fill / 255
+        if fill.numel() == 1:
+            return torch.nn.functional.pad(images, [self.left, self.right, self.top, self.bottom], value=float(fill))
+        shape = (*images.shape[:2], self.top + height + self.bottom, self.left + width + self.right)
+        padded = fill.to(images.device, images.dtype).expand(shape).contiguous()
+        padded[:, :, self.top : self.top + height, self.left : self.left + width] = images
+        return padded
+
+
+def _edge(place: Tensor, size: int) -> Tensor:
+    """Which pixel stands at a place before 0 or from `size` on: the nearest."""
+    return place.clamp(0, size - 1)
+
+
+def _reflect(place: Tensor, size: int) -> Tensor:
+    """As in a mirror that lies on the outermost pixel."""
+    place = place.abs()
+    return torch.where(place < size, place, 2 * (size - 1) - place).clamp(0, size - 1)
+
+
+def _symmetric(place: Tensor, size: int) -> Tensor:
+    """As in a mirror that lies behind the outermost pixel."""
+    place = torch.where(place < 0, -1 - place, place)
+    return torch.where(place < size, place, 2 * size - 1 - place).clamp(0, size - 1)
+
+
+class RandomRotation:
+    """Turn by a random angle about the middle; the size stays.
+
+    Args:
+        degrees: (least, most), counter-clockwise; one number n is (-n, n).
+        interpolation: nearest or bilinear.
+        fill: value of what comes in from outside, 0 to 255; one number, or one a channel.
+    """
+
+    needs_float = True
+    random = True
+
+    def __init__(
+        self,
+        degrees: float | Sequence[float],
+        interpolation: str = "nearest",
+        expand: bool = False,
+        center: Sequence[float] | None = None,
+        fill: float | Sequence[float] = 0,
+    ) -> None:
+        if expand or center is not None:
+            raise NotImplementedError
+        self.low, self.high = _range(degrees, -degrees if isinstance(degrees, (int, float)) else 0)
+        if interpolation not in ("nearest", "bilinear"):
+            raise ValueError(f"interpolation={interpolation}: expected nearest or bilinear")
+        self.interpolation, self.fill = interpolation, _fill(fill)
+
+    def __call__(self, images: Tensor, draws: Draws) -> Tensor:
+        angles = self.low + (self.high - self.low) * draws.uniform(1)[:, 0]
+        return rotate(images, angles, self.interpolation, self.fill / 255)
+
+
+def rotate(images: Tensor, degrees: Tensor, interpolation: str, fill: Tensor) -> Tensor:
+    """Turn every image by its own angle, counter-clockwise about its middle, as torchvision does one.
+
+    Args:
+        images: floats `[batch, channels, height, width]`.
+        degrees: `[batch]`, on the CPU.
+        interpolation: nearest or bilinear.
+        fill: value of what comes in from outside, `[1]` or `[channels]`.
+    """
+    batch, channels, height, width = images.shape
+    angle = degrees.double() * (math.pi / 180)
+    cos, sin = angle.cos(), angle.sin()
+    # Where a pixel of the result comes from, in pixels from the middle; scaled to grid_sample's -1 to 1.
+    x_from = torch.stack([cos, -sin], 1) * (2 / width)
+    y_from = torch.stack([sin, cos], 1) * (2 / height)
+    matrix = _to(torch.stack([x_from, y_from], 2).float(), images.device)  # [batch, 2 (x, y), 2]
+    x = torch.arange(width, device=images.device, dtype=torch.float32) - (width - 1) / 2
+    y = torch.arange(height, device=images.device, dtype=torch.float32) - (height - 1) / 2
+    places = torch.stack([x.expand(height, width), y[:, None].expand(height, width)], 2).view(1, -1, 2)
+    grid = (places.expand(batch, -1, -1) @ matrix).view(batch, height, width, 2)
+    inside = images.new_ones(batch, 1, height, width)
+    turned = torch.nn.functional.grid_sample(
+        torch.cat([images, inside], 1), grid, mode=interpolation, padding_mode="zeros", align_corners=False
+    )
+    turned, inside = turned[:, :channels], turned[:, channels:]
+    fill = fill.to(images.device, images.dtype).view(1, -1, 1, 1)
+    if interpolation == "nearest":
+        return torch.where(inside < 0.5, fill, turned)
+    return (turned - fill) * inside + fill  # torchvision's formula, which lets the edge fade
+
+
+class RandomErasing:
+    """Overwrite a random rectangle with probability `p` (Zhong et al., arXiv:1708.04896).
+
+    Args:
+        p: probability.
+        scale: least and most share of the area.
+        ratio: least and most height by width, drawn on a logarithmic scale.
+        value: what is put there, in the units that images have at this place of the list; one number, one a channel, or
+            random for normal noise in every pixel.
+    """
+
+    needs_float = True
+    random = True
+    attempts = 10  # rectangles drawn until one fits, as in torchvision; then the image stays whole
+
+    def __init__(
+        self,
+        p: float = 0.5,
+        scale: Sequence[float] = (0.02, 0.33),
+        ratio: Sequence[float] = (0.3, 3.3),
+        value: float | str | Sequence[float] = 0.0,
+        inplace: bool = False,
+    ) -> None:
+        self.p = _probability(p)
+        (self.low, self.high), (narrow, wide) = scale, ratio
+        if not (0 <= self.low <= self.high <= 1 and 0 < narrow <= wide):
+            raise ValueError(f"scale {scale} and ratio {ratio}: expected (least, most), scale in [0, 1], ratio above 0")
+        self.narrow, self.wide = math.log(narrow), math.log(wide)
+        if isinstance(value, str) and value != "random":
+            raise ValueError(f"value={value}: expected a number, a list or random")
+        self.value = None if isinstance(value, str) else _fill(value)
+
+    def __call__(self, images: Tensor, draws: Draws) -> Tensor:
+        channels, height, width = images.shape[1:]
+        drawn = draws.uniform(3 + 2 * self.attempts)
+        area = height * width * (self.low + (self.high - self.low) * drawn[:, 3 : 3 + self.attempts])
+        aspect = (self.narrow + (self.wide - self.narrow) * drawn[:, 3 + self.attempts :]).exp()
+        tall, broad = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()  # [batch, attempts]
+        fits = (tall < height) & (broad < width)
+        first = fits.int().argmax(1, keepdim=True)
+        tall, broad = tall.gather(1, first), broad.gather(1, first)
+        top = (drawn[:, 1:2] * (height - tall + 1)).floor()
+        left = (drawn[:, 2:3] * (width - broad + 1)).floor()
+        y, x = torch.arange(height), torch.arange(width)
+        rows, columns = (y >= top) & (y < top + tall), (x >= left) & (x < left + broad)
+        rows &= (drawn[:, :1] < self.p) & fits.gather(1, first)
+        rectangle = (_to(rows, images.device)[:, :, None] & _to(columns, images.device)[:, None, :])[:, None]
+        if self.value is None:
+            value = _to(_normal(draws, channels * height * width), images.device).view_as(images)
+        else:
+            value = self.value.to(images.device).view(1, -1, 1, 1)
+        return torch.where(rectangle, value, images)
+
+
+def _normal(draws: Draws, count: int) -> Tensor:
+    """Normal numbers, float32 `[batch, count]` (Box and Muller, 1958)."""
+    radius = (-2 * (1 - draws.uniform(count)).log()).sqrt()
+    return radius * (2 * math.pi * draws.uniform(count)).cos()
+
+
+class ColorJitter:
+    """Change brightness, contrast, saturation and hue, in an order drawn for every sample; images are 0 to 1.
+
+    Args:
+        brightness, contrast, saturation: factors (least, most); one number x is (max(0, 1 - x), 1 + x).
+        hue: part of the colour circle (least, most), within -0.5 to 0.5; one number x is (-x, x).
+    """
+
+    needs_float = True
+    random = True
+    orders = torch.tensor(list(permutations(range(4))))
+
+    def __init__(
+        self,
+        brightness: float | Sequence[float] = 0,
+        contrast: float | Sequence[float] = 0,
+        saturation: float | Sequence[float] = 0,
+        hue: float | Sequence[float] = 0,
+    ) -> None:
+        self.ranges = []
+        for given in (brightness, contrast, saturation):
+            low, high = (max(0.0, 1 - given), 1 + given) if isinstance(given, (int, float)) else _range(given)
+            if low < 0 or (isinstance(given, (int, float)) and given < 0):
+                raise ValueError(f"{given}: expected factors of at least 0")
+            self.ranges.append((low, high))
+        self.ranges.append(_range(hue, -hue if isinstance(hue, (int, float)) else 0))
+        if not -0.5 <= self.ranges[3][0] <= self.ranges[3][1] <= 0.5:
+            raise ValueError(f"hue={hue}: expected -0.5 to 0.5")
+        self.unchanged = [
+            low == high == neutral for (low, high), neutral in zip(self.ranges, (1, 1, 1, 0), strict=True)
+        ]
+
+    def __call__(self, images: Tensor, draws: Draws) -> Tensor:
+        if images.shape[1] not in (1, 3):
+            raise ValueError(f"images have {images.shape[1]} channels; expected 1 or 3")
+        drawn = draws.uniform(5)
+        low, high = torch.tensor(self.ranges, dtype=torch.float32).unbind(1)
+        factors = low + (high - low) * drawn[:, :4]  # [batch, 4]
+        order = self.orders[(drawn[:, 4] * len(self.orders)).long()]  # [batch, 4], which change comes when
+        images = images.clone()
+        for turn in range(4):
+            for number, change in enumerate((_brightness, _contrast, _saturation, _hue)):
+                if self.unchanged[number] or (images.shape[1] == 1 and number >= 2):
+                    continue
+                members = (order[:, turn] == number).nonzero()[:, 0]
+                if len(members):
+                    factor = _to(factors[members, number], images.device).view(-1, 1, 1, 1)
+                    members = _to(members, images.device)
+                    images[members] = change(images[members], factor)
+        return images
+
+
+def _grey(images: Tensor) -> Tensor:
+    """Luma of ITU-R BT.601, `[batch, 1, height, width]`."""
+    if images.shape[1] == 1:
+        return images
+    return (images * images.new_tensor([0.2989, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1, keepdim=True)
+
+
+def _brightness(images: Tensor, factor: Tensor) -> Tensor:
+    return (images * factor).clamp_(0, 1)
+
+
+def _contrast(images: Tensor, factor: Tensor) -> Tensor:
+    mean = _grey(images).mean((1, 2, 3), keepdim=True)
+    return (mean + (images - mean) * factor).clamp_(0, 1)
+
+
+def _saturation(images: Tensor, factor: Tensor) -> Tensor:
+    grey = _grey(images)
+    return (grey + (images - grey) * factor).clamp_(0, 1)
+
+
+def _hue(images: Tensor, shift: Tensor) -> Tensor:
+    """Turn the colour circle of HSV by `shift` of a whole turn (A. R. Smith, SIGGRAPH 1978)."""
+    red, green, blue = images.split(1, 1)
+    value, low = images.amax(1, keepdim=True), images.amin(1, keepdim=True)
+    chroma = value - low
+    divisor = torch.where(chroma == 0, torch.ones_like(chroma), chroma)
+    sixth = torch.where(
+        value == red,
+        (green - blue) / divisor,
+        torch.where(value == green, (blue - red) / divisor + 2, (red - green) / divisor + 4),
+    )
+    sixth = sixth + 6 * shift
+    phase = (images.new_tensor([5.0, 3.0, 1.0]).view(1, 3, 1, 1) + sixth).remainder(6)  # of red, green and blue
+    return (value - chroma * torch.minimum(phase, 4 - phase).clamp(0, 1)).clamp_(0, 1)
+
+
+class Resize:
+    """Scale to `size` with antialiasing, on bytes or floats.
+
+    Args:
+        size: (height, width); one number is the shorter side, the longer follows in proportion.
+        interpolation: bilinear, bicubic or nearest.
+    """
+
+    needs_float = False
+    random = False
+
+    def __init__(
+        self,
+        size: int | Sequence[int],
+        interpolation: str = "bilinear",
+        max_size: int | None = None,
+        antialias: bool = True,
+    ) -> None:
+        if max_size is not None:
+            raise NotImplementedError
+        self.size = [size] if isinstance(size, int) else list(size)
+        if len(self.size) not in (1, 2) or not all(isinstance(n, int) and n >= 1 for n in self.size):
+            raise ValueError(f"size={size}: expected [height, width] in pixels, or the shorter side")
+        if interpolation not in ("bilinear", "bicubic", "nearest"):
+            raise ValueError(f"interpolation={interpolation}: expected bilinear, bicubic or nearest")
+        self.interpolation, self.antialias = interpolation, antialias
+
+    def shape(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) that an image of this height and width gets."""
+        if len(self.size) == 2:
+            return self.size[0], self.size[1]
+        shorter = min(height, width)
+        return self.size[0] * height // shorter, self.size[0] * width // shorter
+
+    def __call__(self, images: Tensor, draws: Draws | None = None) -> Tensor:
+        shape = self.shape(*images.shape[2:])
+        if shape == tuple(images.shape[2:]):
+            return images
+        if self.interpolation == "nearest":
+            return torch.nn.functional.interpolate(images, shape, mode="nearest-exact")
+        if images.device.type == "mps":  # has no antialiasing
+            return self(images.cpu(), draws).to(images.device)
+        bytes_here = images.dtype == torch.uint8 and images.device.type == "cpu"  # the only device that scales bytes
+        scaled = torch.nn.functional.interpolate(
+            images if bytes_here or images.is_floating_point() else images.float(),
+            shape,
+            mode=self.interpolation,
+            antialias=self.antialias,
+        )
+        return scaled if scaled.dtype == images.dtype else scaled.round_().clamp_(0, 255).to(images.dtype)
+
+
+def _probability(p: float) -> float:
+    if not 0 <= p <= 1:
+        raise ValueError(f"p={p}: expected a probability, 0 to 1")
+    return p
+
+
+def _range(given: Any, low: float = 0) -> tuple[float, float]:
+    """(least, most) of a pair, or (`low`, the number) of one number."""
+    least, most = (low, given) if isinstance(given, (int, float)) else given
+    if least > most:
+        raise ValueError(f"{given}: expected (least, most)")
+    return least, most
+
+
+def _fill(value: Any) -> Tensor:
+    """`[1]` or `[channels]`."""
+    return torch.tensor([value] if isinstance(value, (int, float)) else list(value), dtype=torch.float32)
 
 
 BATCH_TRANSFORMS: dict[str, Any] = {
-    cls.__name__: cls for cls in (Normalize, RandomHorizontalFlip, RandomVerticalFlip, RandomCrop)
+    cls.__name__: cls
+    for cls in (
+        Normalize,
+        Resize,
+        RandomHorizontalFlip,
+        RandomVerticalFlip,
+        RandomRotation,
+        RandomCrop,
+        RandomErasing,
+        ColorJitter,
+    )
 }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Everything else that torchvision has
+
+
+class PerImage:
+    """A transform of `torchvision.transforms.v2` on one image at a time, its random numbers seeded for each sample."""
+
+    needs_float = False
+    random = True
+
+    def __init__(self, transform: Any) -> None:
+        self.transform = transform
+
+    def __call__(self, images: Tensor, draws: Draws) -> Tensor:
+        """Transform images `[batch, channels, height, width]`; call it inside `own_randomness()`."""
+        results = []
+        for image, bits in zip(images, draws.integers(1)[:, 0].tolist(), strict=True):
+            torch.default_generator.manual_seed(bits)
+            results.append(self._one(image))
+        return torch.stack(results)
+
+    def _one(self, image: Tensor) -> Tensor:
+        result = self.transform(image)
+        if not isinstance(result, Tensor) or result.ndim != 3:
+            found = (
+                f"{type(result).__name__} {list(result.shape)}" if isinstance(result, Tensor) else type(result).__name__
+            )
+            raise ValueError(f"gave {found}; expected a tensor [channels, height, width]")
+        result = result.as_subclass(Tensor)
+        return result if result.dtype == torch.uint8 else result.float()
+
+
+def per_image(name: str, arguments: dict[str, Any]) -> PerImage | None:
+    """The transform that torchvision has under this name, or None.
+
+    Arguments may name a type (`torch.float32`) and list transforms (`RandomApply: {transforms: [...], p: 0.3}`).
+
+    Raises:
+        ValueError, TypeError: it refuses the arguments, or cannot run on single images.
+    """
+    from torchvision.transforms import InterpolationMode, v2  # takes a second to import, and is not always needed
+
+    found = getattr(v2, name, None)
+    if not (isinstance(found, type) and issubclass(found, v2.Transform)):
+        return None
+    if name in ("MixUp", "CutMix"):
+        raise ValueError("it mixes the samples of a batch; here a transform sees one image")
+
+    def plain(key: str, value: Any) -> Any:
+        if key == "transforms":
+            return [nested(entry) for entry in value]
+        if key == "interpolation" and isinstance(value, str):
+            return InterpolationMode(value)
+        if isinstance(value, str) and value.startswith("torch."):
+            return getattr(torch, value.removeprefix("torch."))
+        return value
+
+    def nested(entry: Any) -> Any:
+        inner, inner_arguments = name_and_arguments(entry)
+        built = per_image(inner, inner_arguments)
+        if built is None:
+            raise ValueError(f"torchvision has no transform {inner!r}")
+        return built.transform
+
+    return PerImage(found(**{key: plain(key, value) for key, value in arguments.items()}))
+
+
+def name_and_arguments(entry: Any) -> tuple[str, dict[str, Any]]:
+    """Of an entry of a YAML list, `Name` or `Name: {argument: value}`."""
+    name, arguments = next(iter(entry.items())) if isinstance(entry, dict) and len(entry) == 1 else (entry, None)
+    if not isinstance(name, str) or not isinstance(arguments or {}, dict):
+        raise ValueError(f"{entry!r}: expected Name or Name: {{argument: value}}")
+    return name, arguments or {}
+
+
+def apply(transforms: Sequence[tuple[int, Any]], images: Tensor, draws: Draws | None) -> Tensor:
+    """Transform a batch; every transform comes with its place in the YAML's list.
+
+    Raises:
+        RunError: a transform does not fit the images.
+    """
+    for place, transform in transforms:
+        if transform.needs_float:
+            images = to_float(images)
+        try:
+            images = transform(images, draws.at(place)) if transform.random and draws else transform(images)
+        except (ValueError, TypeError, RuntimeError, IndexError) as error:
+            name = type(transform.transform if isinstance(transform, PerImage) else transform).__name__
+            raise RunError(
+                f"transform {name} (number {place + 1}) does not fit images {list(images.shape[1:])}: {one_line(error)}"
+            ) from error
+    return images
+
+
+def resized_to(transforms: Sequence[Any]) -> tuple[int, int] | None:
+    """(height, width) of the Resize that images meet first, or None."""
+    if transforms and isinstance(transforms[0], Resize):
+        size = transforms[0].size
+        return (size[0], size[-1])
+    return None

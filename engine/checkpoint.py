@@ -6,9 +6,14 @@ A checkpoint is a dictionary: `model` is the plain state_dict; `config` the conf
 
 from __future__ import annotations
 
+import inspect
 import os
+import pickle
+import re
 import tempfile
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +26,13 @@ from engine.errors import RequestError, RunError, one_line
 FORMAT = 1
 
 
-def write(path: Path, checkpoint: dict[str, Any]) -> None:
+def write(path: Path, checkpoint: dict[str, Any], keep: Path | None = None) -> None:
     """Write a checkpoint whole or not at all: a crash or a full disk leaves the file that was there.
+
+    Args:
+        path: the file.
+        checkpoint: tensors, numbers and text by name.
+        keep: a second name that the file that was there gets.
 
     Raises:
         RunError: it cannot be written.
@@ -34,6 +44,10 @@ def write(path: Path, checkpoint: dict[str, Any]) -> None:
             torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())
+        if keep is not None and path.exists():
+            spare = temporary.with_suffix(".keep")
+            os.link(path, spare)  # so that there is a whole file under the name at every moment
+            os.replace(spare, keep)
         os.replace(temporary, path)
         directory = os.open(path.parent, os.O_RDONLY)
         try:
@@ -60,43 +74,97 @@ def read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise RequestError(f"{path}: no such checkpoint")
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # torch.load does not check the CRCs that torch.save wrote
-        if damaged:
-            raise RequestError(f"{path}: damaged (a checksum of {damaged} differs); use another checkpoint")
+        _check_archive(path)
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except RequestError:
-        raise
-    except Exception as error:  # a damaged or foreign file can raise nearly anything
-        reason = (
-            "it holds more than tensors, numbers and text"
-            if "weights_only" in str(error).lower()
-            else one_line(error, 120)
-        )
-        raise RequestError(f"{path}: not a checkpoint, or a damaged one ({reason})") from None
-    if not isinstance(found, dict):
-        raise RequestError(f"{path}: holds {type(found).__name__}; expected a checkpoint or a state_dict")
-    if "format" not in found:
-        inner = next(
-            (found[key] for key in ("model", "state_dict", "model_state_dict") if isinstance(found.get(key), dict)),
-            found,
-        )
-        found = {"model": inner}
-    _check(found, path)
-    found["model"] = {strip_prefixes(name): tensor for name, tensor in found["model"].items()}
+        if not isinstance(found, dict):
+            raise ValueError(f"it holds {type(found).__name__}; expected a checkpoint or a state_dict")
+        _check_data(found)
+        if "format" not in found:
+            inner = (found.get(key) for key in ("model", "state_dict", "model_state_dict"))
+            found = {"model": next((state for state in inner if isinstance(state, dict)), found)}
+        _check_checkpoint(found)
+        found["model"] = {strip_prefixes(name): tensor for name, tensor in found["model"].items()}
+    except Exception as error:  # a damaged or hostile file can raise nearly anything
+        reason = "it asks to run code" if isinstance(error, pickle.UnpicklingError) else one_line(error, 160)
+        raise RequestError(f"{path}: not a checkpoint, or a damaged one ({reason}); use another") from None
     return found
 
 
-def _check(checkpoint: dict[str, Any], path: Path) -> None:
-    """Refuse what no training run writes: it could be crafted to break what reads it."""
-    state = checkpoint.get("model")
+def _check_archive(path: Path) -> None:
+    """torch.load does not check the CRCs that torch.save wrote, nor how much a file unpacks to."""
+    with zipfile.ZipFile(path) as archive:
+        if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
+            raise ValueError("it is compressed, which torch.save never does")
+        damaged = archive.testzip()
+    if damaged:
+        raise ValueError(f"the checksum of {damaged} differs")
+
+
+def _check_data(value: Any, depth: int = 0) -> None:
+    """Refuse what no training run writes: it could be crafted to break what uses it.
+
+    Raises:
+        ValueError: something else than tensors, numbers and text, in dictionaries and lists; or a tensor that is not
+            dense (sparse and quantised ones have had out-of-bounds holes) or larger than its data in the file.
+    """
+    if depth > 32:
+        raise ValueError("it is nested too deeply")
+    if isinstance(value, Tensor):
+        if value.layout != torch.strided or value.is_quantized or type(value) not in (Tensor, nn.Parameter):
+            raise ValueError(f"it holds a tensor of kind {value.layout}, {value.dtype}; expected dense ones")
+        if value.device.type != "cpu" or value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise ValueError(f"it holds a tensor of shape {list(value.shape)} without the data for it")
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            _check_data(key, depth + 1)
+            _check_data(item, depth + 1)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            _check_data(item, depth + 1)
+    elif value is not None and type(value) not in (str, int, float, bool):
+        raise ValueError(f"it holds {type(value).__name__}; expected tensors, numbers and text")
+
+
+def _check_checkpoint(found: dict[str, Any]) -> None:
+    state = found["model"]
     if not isinstance(state, dict) or not state:
-        raise RequestError(f"{path}: holds no weights; expected a checkpoint or a state_dict")
+        raise ValueError("it holds no weights")
     for name, tensor in state.items():
-        if not isinstance(name, str) or type(tensor) not in (Tensor, nn.Parameter):
-            raise RequestError(f"{path}: {name!r} is {type(tensor).__name__}; expected tensors by name (a state_dict)")
-        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_complex():
-            raise RequestError(f"{path}: {name!r} is a {tensor.layout} tensor of {tensor.dtype}; expected a dense one")
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise ValueError(f"{name!r} is {type(tensor).__name__}; expected tensors by name, a state_dict")
+    if "format" not in found:
+        return
+    config, shape, classes = (found.get(key) for key in ("config", "input_shape", "classes"))
+    if found["format"] != FORMAT:
+        raise ValueError(f"its format is {found['format']!r}; this program reads {FORMAT}")
+    if not isinstance(config, dict) or not all(
+        isinstance(config.get(k), dict) for k in ("model", "dataset", "choices")
+    ):
+        raise ValueError("it has no configuration of a model and a data set")
+    if not isinstance(shape, list) or len(shape) != 3 or not all(type(n) is int and 0 < n < 65536 for n in shape):
+        raise ValueError(f"its input shape is {shape!r}; expected [channels, height, width]")
+    if not isinstance(classes, list) or not classes or not all(isinstance(name, str) for name in classes):
+        raise ValueError("it has no class names")
+    if _interpolates(config):
+        raise ValueError("its configuration has an interpolation, ${...}; a run stores resolved values")
+
+
+def _interpolates(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(_interpolates(key) or _interpolates(item) for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return any(_interpolates(item) for item in value)
+    return isinstance(value, str) and "${" in value
+
+
+@contextmanager
+def interpreting(path: Path) -> Iterator[None]:
+    """While a checkpoint's configuration is put to use: what breaks on a strange value is told in one line."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError, MemoryError) as error:
+        what = f"{type(error).__name__}: {one_line(error, 160)}"
+        raise RequestError(f"{path}: its configuration cannot be used ({what})") from error
 
 
 def strip_prefixes(name: str) -> str:
@@ -114,25 +182,52 @@ def build_model(checkpoint: dict[str, Any], path: Path) -> nn.Module:
         RequestError: the configuration names something that is no model of this project or of torchvision, or the
             weights do not fit it.
     """
-    settings = checkpoint["config"]["model"]
-    model = build(
-        settings,
-        "model",
-        target=_trusted(settings, path),
-        input_shape=tuple(checkpoint["input_shape"]),
-        num_classes=len(checkpoint["classes"]),
-    )
+    settings = dict(checkpoint["config"]["model"])
+    target = trusted(settings.get("_target_"), path)
+    settings |= {name: None for name in ("weights", "weights_backbone") if name in settings}  # they are in the file
+    shape, num_classes = tuple(checkpoint["input_shape"]), len(checkpoint["classes"])
+
+    def construct() -> nn.Module:
+        return build(settings, f"{path}: model", target=target, input_shape=shape, num_classes=num_classes)
+
+    with torch.device("meta"):  # sizes without memory, so that absurd ones are refused and not allocated
+        check_fit(construct(), checkpoint["model"], path)
+    model = construct()
     load_weights(model, checkpoint["model"], path)
     return model
 
 
-def _trusted(settings: dict[str, Any], path: Path) -> Any:
-    """The class that a checkpoint's `_target_` means, if it is one of this project's `models` or torchvision's."""
-    return locate(str(settings.get("_target_")), f"{path}: model._target_")
+def trusted(target: Any, path: Path) -> Any:
+    """What a name in a checkpoint means, if it is a model of `models` or torchvision, or a function of `datasets`.
+
+    Decided on the object that is found, by the module that defines it: a name that merely begins like one of ours
+    (`models.mlp.os.system`) leads elsewhere.
+
+    Raises:
+        RequestError: it is anything else.
+    """
+    if isinstance(target, str) and re.fullmatch(r"(models|datasets|torchvision\.models)(\.\w+)+", target):
+        found = locate(target, str(path))
+        home, name = getattr(found, "__module__", None) or "", getattr(found, "__name__", "_")
+        if inspect.isclass(found) and issubclass(found, nn.Module):
+            if home.split(".")[0] == "models" or home.startswith("torchvision.models."):
+                return found
+        elif inspect.isfunction(found) and (
+            (home == "datasets" and not name.startswith("_"))
+            or (home.startswith("torchvision") and _is_builder(found, name))
+        ):
+            return found
+    raise RequestError(f"{path}: names {str(target)[:100]!r}, which is no model or data set of this program; refused")
 
 
-def load_weights(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
-    """Put weights into a model.
+def _is_builder(found: Any, name: str) -> bool:
+    from torchvision.models import get_model_builder, list_models
+
+    return name in list_models() and get_model_builder(name) is found
+
+
+def check_fit(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
+    """Hold the names and shapes of weights against a model.
 
     Raises:
         RequestError: names or shapes differ; at most five are listed.
@@ -151,4 +246,9 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], path: Path) -> None
             f"{path}: does not fit {type(model).__name__}: {'; '.join(differences[:5])}{more}; "
             "was it trained with another model or other model settings?"
         )
+
+
+def load_weights(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
+    """Put weights into a model, or raise RequestError if they do not fit it."""
+    check_fit(model, state, path)
     model.load_state_dict(state)

@@ -9,10 +9,10 @@ group's name, and every setting under its dotted name. Whatever is a key can be 
 from __future__ import annotations
 
 import csv
+import fcntl
 import fnmatch
 import io
 import json
-import math
 import re
 import statistics
 from collections.abc import Callable, Iterable, Sequence
@@ -80,18 +80,30 @@ def read_run(directory: Path, root: Path) -> Row | None:
     row |= _metrics(directory / "metrics.csv")
     summary = read_json(directory / "summary.json")
     row |= {key: summary[key] for key in RESULTS if key in summary}
-    row["state"], row["reason"] = _state(directory, row, finished="test_accuracy" in summary)
+    row["state"], row["reason"] = _state(directory, finished="test_accuracy" in summary)
     return row
 
 
-def _state(directory: Path, row: Row, finished: bool) -> tuple[str, str]:
+def _state(directory: Path, finished: bool) -> tuple[str, str]:
     """How a run stands, and why."""
-    if row.pop("diverged", False):
-        return "failed", "the loss is not a number"
     if finished:
         return "finished", ""
-    end = read_json(directory / "end.json")  # written where a run ends before its last epoch
+    if _is_running(directory):
+        return "running", ""
+    end = read_json(directory / "end.json")  # not there where the process was killed
     return str(end.get("state", "stopped")), str(end.get("reason", ""))
+
+
+def _is_running(directory: Path) -> bool:
+    """Whether a process holds the lock of the run."""
+    try:
+        with (directory / ".lock").open("r+", encoding="utf-8") as file:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False  # there is none, or it is somebody else's
+    return False
 
 
 def _metrics(file: Path) -> Row:
@@ -102,8 +114,6 @@ def _metrics(file: Path) -> Row:
     except OSError:
         return {}
     result: Row = {"epoch": len(epochs), "seconds": round(sum(as_number(e.get("seconds")) or 0 for e in epochs), 3)}
-    losses = [as_number(epoch.get(key)) for epoch in epochs for key in ("train_loss", "val_loss")]
-    result["diverged"] = any(loss is not None and not math.isfinite(loss) for loss in losses)
     measured = [epoch for epoch in epochs if as_number(epoch.get("val_accuracy")) is not None]
     if measured:
         best = max(measured, key=lambda e: (as_number(e["val_accuracy"]), -(as_number(e.get("val_loss")) or 0)))

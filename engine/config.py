@@ -24,24 +24,22 @@ from typing import Any, NoReturn
 
 import hydra
 import yaml
+from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.errors import OverrideParseException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from engine import compare, sweep, trackers
-from engine.errors import RequestError, RunError, did_you_mean, one_line
+from engine.errors import Interrupted, RequestError, RunError, did_you_mean, one_line
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs"
 RUNS = Path("checkpoints")
-GLOBAL_GROUPS = (
-    "experiment",
-    "hparams_search",
-    "debug",
-)  # their files set values anywhere (`# @package _global_`), none of their own
+GLOBAL_GROUPS = ("experiment", "hparams_search", "debug")  # their files set values anywhere (`@package _global_`)
+BUILT_GROUPS = ("model", "dataset", "optimizer", "scheduler", "criterion")  # their files name a class or function
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -55,7 +53,7 @@ class Setting:
     Attributes:
         name: dotted, as typed on the command line (`optimizer.lr`).
         default: the value in the file.
-        kind: "int", "float", "bool", "str", "list" or "any".
+        kind: "int", "float", "bool", "str", "list" or "any"; a list may say more: "list of int", "list of 2 float".
         rule: its range as written (`>= 1`, `in [0, 1)`, `one of a, b`), or "".
         nullable: whether `null` is a value.
         meaning: what it does and its unit.
@@ -72,12 +70,20 @@ class Setting:
     def expected(self) -> str:
         """What a value has to be, in words."""
         words = {"int": "an integer", "float": "a number", "bool": "true or false", "str": "text", "list": "a list"}
-        return f"{words.get(self.kind, 'a value')} {self.rule}".strip() + (" or null" if self.nullable else "")
+        described = words.get(self.kind, "a value")
+        if self.kind.startswith("list of "):
+            described = self.kind.replace("list of", "a list of").replace("int", "integers").replace("float", "numbers")
+        return f"{described} {self.rule}".strip() + (" or null" if self.nullable else "")
 
     def accepts(self, value: Any) -> bool:
         """Whether `value` is of this setting's type and in its range."""
         if value is None:
             return self.nullable
+        if self.kind.startswith("list of "):
+            *count, kind = self.kind.removeprefix("list of ").split()
+            one = Setting(self.name, None, kind, self.rule, False, "")
+            right_count = isinstance(value, list) and (not count or len(value) == int(count[0]))
+            return right_count and all(one.accepts(item) for item in value)
         kinds = {"int": int, "float": (int, float), "bool": bool, "str": (str, int, float), "list": list}
         if self.kind in kinds and not isinstance(value, kinds[self.kind]):  # type: ignore[arg-type]
             return False
@@ -89,7 +95,8 @@ class Setting:
 
 
 _COMMENT = re.compile(
-    r"(?P<kind>int|float|bool|str|list)(?P<rule> (?:>=|>|in|one of) ?[^:]*?)?(?P<null> or null)?: (?P<meaning>.+)"
+    r"(?P<kind>int|float|bool|str|list(?: of (?:\d+ )?(?:int|float|str))?)"
+    r"(?P<rule> (?:>=|>|in|one of) ?[^:]*?)?(?P<null> or null)?: (?P<meaning>.+)"
 )
 
 
@@ -108,21 +115,25 @@ def _obeys(value: Any, rule: str) -> bool:
     return all(v > float(bound) or (operator == ">=" and v == float(bound)) for v in values)
 
 
-def read_settings(file: Path, prefix: str = "") -> dict[str, Setting]:
+def read_settings(
+    file: Path, prefix: str = "", directories: Sequence[Path] = (CONFIGS,), group: str = ""
+) -> dict[str, Setting]:
     """The settings of one YAML file and of the files of the same group that its `defaults` list names.
 
     Args:
         file: the YAML file.
         prefix: where its values stand in the whole configuration, `"optimizer."` for instance.
+        directories: where the files named in `defaults` are looked for, the first one wins.
+        group: the group that the file is in, empty for an entry point's own.
 
     Raises:
         RequestError: the file cannot be read as YAML.
     """
-    text = file.read_text(encoding="utf-8")
     try:
+        text = file.read_text(encoding="utf-8")
         tree = yaml.compose(text)
         values = OmegaConf.to_container(OmegaConf.create(text)) if tree else {}
-    except yaml.YAMLError as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise RequestError(f"{file}: not valid YAML: {one_line(error)}") from None
     settings: dict[str, Setting] = {}
     lines = text.splitlines()
@@ -134,7 +145,9 @@ def read_settings(file: Path, prefix: str = "") -> dict[str, Setting]:
                 if key.value == "defaults":
                     for parent in yaml.safe_load(yaml.serialize(value)):
                         if isinstance(parent, str) and parent != "_self_":
-                            settings.update(read_settings(file.parent / f"{parent}.yaml", prefix))
+                            name = parent.partition("@")[0]
+                            name = name[1:] if name.startswith("/") else f"{group}/{name}".lstrip("/")
+                            settings.update(read_settings(_find(directories, name), prefix, directories, group))
             elif isinstance(value, yaml.MappingNode) and value.value:
                 walk(value, values[key.value], name + ".")
             else:
@@ -174,9 +187,7 @@ def group_options(directories: Iterable[Path] = (CONFIGS,)) -> dict[str, list[st
 # Checking
 
 
-def check(
-    config: DictConfig, choices: dict[str, str | None], directories: Sequence[Path], entry: str
-) -> dict[str, Any]:
+def check(config: DictConfig, choices: dict[str, Any], directories: Sequence[Path], entry: str) -> dict[str, Any]:
     """The composed configuration as plain resolved data, after every setting was found known and its value valid.
 
     Args:
@@ -193,24 +204,29 @@ def check(
     except OmegaConfBaseException as error:
         raise RequestError(f"the configuration cannot be resolved: {one_line(error)}") from None
     assert isinstance(plain, dict)
-    known = read_settings(_find(directories, entry))
-    choices = {group: option for group, option in choices.items() if "/" not in group}  # not Hydra's own
-    choices |= _list_choices(config, entry)
+    choices = {group: option for group, option in choices.items() if "/" not in group} | _list_choices(config, entry)
+    known = read_settings(_find(directories, entry), directories=directories)
+    for group, default in _default_choices(_find(directories, entry)).items():
+        if default is not None and not group.startswith("override ") and choices.get(group) is None:
+            raise RequestError(f"{group} has to be one of {', '.join(group_options(directories).get(group, []))}")
     for group, option in choices.items():
-        if option is not None and group not in GLOBAL_GROUPS:
-            for name in option if isinstance(option, list) else [option]:
-                known |= read_settings(_find(directories, f"{group}/{name}"), f"{group}.")
+        for name in option if isinstance(option, list) else [option]:
+            if name is None or group in GLOBAL_GROUPS:
+                continue
+            file = _find(directories, f"{group}/{name}")
+            own = read_settings(file, f"{group}.", directories, group)
+            if group in BUILT_GROUPS and f"{group}._target_" not in own:
+                raise RequestError(f"{file}: names nothing to build; expected `_target_: ` and a class or function")
+            known |= own
 
     for name, value in _leaves(plain, known):
-        setting = known.get(name)
-        if setting is None:
-            if entry != "train" and name.startswith("dataset.") and choices.get("dataset") is None:
-                continue  # belongs to the dataset that the checkpoint names, and is checked against that
-            raise RequestError(f"there is no setting {name!r}{did_you_mean(name, known)}")
-        if value == "???":
-            raise RequestError(f"{name} has to be given: {setting.meaning or setting.expected}")
-        if not setting.accepts(value):
-            raise RequestError(f"{name}={_typed(value)}: expected {setting.expected}")
+        if entry != "train" and name.startswith("dataset.") and choices.get("dataset") is None:
+            continue  # belongs to the dataset that the checkpoint names, and is checked against that
+        check_value(name, value, known)
+        if known[name].kind == "str" and isinstance(value, (int, float)):
+            OmegaConf.update(config, name, str(value))  # name=123 is text that looks like a number
+    plain = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(plain, dict)
     for name in known:
         if OmegaConf.select(config, name, default=...) is ...:
             raise RequestError(f"the setting {name!r} was taken out (~{name}); it is needed, set it to a value instead")
@@ -219,17 +235,36 @@ def check(
 
 
 def _list_choices(config: DictConfig, entry: str) -> dict[str, Any]:
-    """Of the groups that take several options at once (`logger=[tensorboard,mlflow]`) the chosen ones.
+    """Of the group that takes several options at once (`logger=[tensorboard,mlflow]`) the chosen ones.
 
     Hydra does not list them among its choices; each option's values stand under the option's own name.
     """
     return {"logger": [str(name) for name in config.get("logger") or {}]} if entry == "train" else {}
 
 
+def check_value(name: str, value: Any, known: dict[str, Setting]) -> None:
+    """Raise a RequestError unless `name` is one of the `known` settings and `value` is valid for it."""
+    setting = known.get(name)
+    if setting is None:
+        raise RequestError(f"there is no setting {name!r}{did_you_mean(name, known)}")
+    if value == "???":
+        raise RequestError(f"{name} has to be given: {setting.meaning or setting.expected}")
+    if not setting.accepts(value):
+        raise RequestError(f"{name}={_typed(value)}: expected {setting.expected}")
+
+
+def known_settings(group: str, option: str, values: dict[str, Any]) -> dict[str, Setting]:
+    """The settings of an option of a group, from its YAML where that is still there, else from the `values` it had."""
+    known = {f"{group}.{key}": _setting(f"{group}.{key}", value, "", None) for key, value in values.items()}
+    if option in group_options().get(group, []):
+        known |= read_settings(_find([CONFIGS], f"{group}/{option}"), f"{group}.", group=group)
+    return known
+
+
 def _leaves(tree: dict[Any, Any], known: dict[str, Setting], path: str = "") -> Iterable[tuple[str, Any]]:
     for key, value in tree.items():
         name = f"{path}{key}"
-        if isinstance(value, dict) and name not in known:
+        if isinstance(value, dict) and value and name not in known:
             yield from _leaves(value, known, name + ".")
         else:
             yield name, value
@@ -240,6 +275,8 @@ def _find(directories: Sequence[Path], name: str) -> Path:
 
 
 def _typed(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(map(_typed, value))}]"
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
@@ -250,18 +287,29 @@ def _typed(value: Any) -> str:
 def launch(entry: str) -> NoReturn:
     """Answer the command line of the entry point `entry`, then call its `main(config)`; never returns.
 
-    Help, TAB completion and every error in the configuration are answered here, before torch is imported. Exit codes: 0,
-    2 for a wrong request, 1 for a failure at work, 130 for Ctrl-C, 143 for SIGTERM.
+    Help, TAB completion and every error in the configuration are answered here, before torch is imported. Exit codes:
+    0, 2 for a wrong request, 1 for a failure at work, 130 for Ctrl-C, 143 for SIGTERM.
     """
+    from engine import resume
+
     arguments = sys.argv[1:]
     if {"-h", "--help"} & set(arguments):
-        print(help_text(entry, _directories_of(arguments)))
+        try:
+            print(help_text(entry, _directories_of(arguments), arguments))
+        except RequestError as error:
+            fail(error)
         sys.exit(0)
     if entry == "evaluate" and "--runs" in arguments:
         _compare([a for a in arguments if a != "--runs"])
+    _check_flags()
     if entry != "train" and not any(a.startswith("dataset=") for a in arguments):
         # Settings of the checkpoint's own dataset: let them through, main() holds them against the checkpoint.
         sys.argv[1:] = ["++" + a if a.startswith("dataset.") else a for a in arguments]
+    try:
+        if entry == "train":
+            sys.argv[1:] = resume.with_choices_of_run(arguments)
+    except RequestError as error:
+        fail(error)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises what it would print, so that we print it in one line
     try:
         hydra.main(config_path=str(CONFIGS), config_name=entry, version_base="1.3")(_job)()
@@ -270,10 +318,38 @@ def launch(entry: str) -> NoReturn:
         print("error: interrupted", file=sys.stderr)
         exit_code = 130
     except SystemExit as end:  # a run of its own that failed, or the end of an interrupted sweep
-        exit_code = end.code if isinstance(end.code, int) else 1
+        exit_code = end.code if isinstance(end.code, int) else int(end.code is not None)
     except Exception as error:
         exit_code = _told(error, arguments, entry)
     sys.exit(sweep.finish(exit_code))
+
+
+def _told(error: Exception, arguments: list[str], entry: str) -> int:
+    """Say in one line what Hydra or one of its plugins raised, and with which exit code to leave."""
+    if sweep.has_started():
+        if isinstance(error, ValueError) and sweep.has_failures():
+            return 0  # Optuna, which finds no best trial where all have failed; those were told
+        print(f"error: the sweep: {type(error).__name__}: {one_line(error)}", file=sys.stderr)
+        return RunError.exit_code
+    try:  # while composing Hydra, OmegaConf, PyYAML and the file system each raise their own
+        message = _explain(error, arguments, entry)
+    except RequestError as other:  # a file that would have been named in the explanation is the trouble itself
+        message = str(other)
+    print(f"error: {message}", file=sys.stderr)
+    return RequestError.exit_code
+
+
+class SweepStart(Callback):
+    """Named in the entry points' YAML; Hydra calls it before a sweep."""
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        """Check all jobs and make the sweep's directory, or end the program."""
+        try:
+            sweep.start(config, _checked)
+        except RunError as error:
+            fail(error)
+        except Exception as error:  # of which Hydra would only warn
+            sys.exit(_told(error, sys.argv[1:], str(config.hydra.job.name)))
 
 
 def _compare(arguments: list[str]) -> NoReturn:
@@ -285,35 +361,11 @@ def _compare(arguments: list[str]) -> NoReturn:
         fail(error)
 
 
-def _told(error: Exception, arguments: list[str], entry: str) -> int:
-    """Say in one line what Hydra or one of its plugins raised, and with which exit code to leave."""
-    if sweep.has_started():
-        if isinstance(error, ValueError) and sweep.has_failures():
-            return 0  # Optuna, which finds no best trial where all have failed; those were told
-        print(f"error: the sweep: {type(error).__name__}: {one_line(error)}", file=sys.stderr)
-        return 1
-    if isinstance(error, (HydraException, OmegaConfBaseException, ValueError, OSError)):
-        print(f"error: {_explain(error, arguments, entry)}", file=sys.stderr)
-        return RequestError.exit_code
-    traceback.print_exc()
-    return 1
-
-
-class SweepStart(Callback):
-    """Named in the entry points' YAML; Hydra calls it before a sweep."""
-
-    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        """Check all jobs and make the sweep's directory, or end the program."""
-        entry = str(config.hydra.job.name)
-        try:
-            sweep.start(config, _checked)
-        except RunError as error:
-            fail(error)
-        except (HydraException, OmegaConfBaseException, ValueError) as error:
-            fail(RequestError(_explain(error, sys.argv[1:], entry)))
-        except Exception:  # our own bug, which Hydra would only warn of
-            traceback.print_exc()
-            sys.exit(1)
+def _check_flags() -> None:
+    """Refuse a command line whose `--flags` Hydra does not know; it would answer with a page of usage."""
+    parser = get_args_parser()
+    parser.error = lambda message: fail(RequestError(f"{message}; --help shows how"))  # type: ignore[method-assign]
+    parser.parse_args()
 
 
 def _job(config: DictConfig) -> Any:
@@ -326,22 +378,35 @@ def _job(config: DictConfig) -> Any:
         fail(error)
     except KeyboardInterrupt:
         fail(RunError("interrupted"), 130)
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + 13)
     except Exception:  # our own bug: the whole traceback
         traceback.print_exc()
         sys.exit(1)
 
 
 def _checked(config: DictConfig) -> dict[str, Any]:
-    """The plain checked data of a configuration, from one that Hydra composed or is running."""
-    runtime = config.hydra if "hydra" in config else HydraConfig.get()
-    directories = [Path(s.path) for s in runtime.runtime.config_sources if s.schema == "file" and s.path]
+    """The plain checked data of a configuration, of a job that is running or of one that Hydra composed for later."""
+    from engine import resume
+
+    hydra_config = config.hydra if "hydra" in config else HydraConfig.get()
+    directories = [Path(s.path) for s in hydra_config.runtime.config_sources if s.schema == "file" and s.path]
     own = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
-    return check(own, dict(runtime.runtime.choices), directories, str(runtime.job.name))
+    plain = check(own, dict(hydra_config.runtime.choices), directories, str(hydra_config.job.name))
+    return resume.adopt(plain, hydra_config.overrides.task) if plain.get("resume") else plain
 
 
 def _main(config: dict[str, Any]) -> Any:
-    """Call main() of the entry point that is running."""
-    return importlib.import_module(HydraConfig.get().job.name).main(config)
+    """Call main() of the entry point that is running; a run that does not come to its end is closed and marked so."""
+    from engine import runs
+
+    try:
+        return importlib.import_module(HydraConfig.get().job.name).main(config)
+    except BaseException as error:
+        stopped = isinstance(error, (Interrupted, KeyboardInterrupt))
+        runs.abandon("stopped" if stopped else "failed", one_line(error))
+        raise
 
 
 def fail(error: RunError, exit_code: int | None = None) -> NoReturn:
@@ -355,25 +420,35 @@ def _explain(error: Exception, arguments: list[str], entry: str) -> str:
     text = str(error)
     directories = _directories_of(arguments)
     groups = group_options(directories)
+    if isinstance(error, yaml.YAMLError):
+        return f"not valid YAML: {one_line(error)}"
+    if isinstance(error, OverrideParseException):
+        return f"{error.override!r} is not understood: {one_line(error).partition(' See http')[0]}; --help shows how"
+    if "must be a string or a list" in text:
+        for group in groups:
+            if any(re.fullmatch(rf"{group}=(null|[-+.\de]+|true|false)", a, re.IGNORECASE) for a in arguments):
+                return f"{group} has to be one of {', '.join(groups[group])}"
     if found := re.search(r"Could not (?:find|load) '([^']+)/([^'/]+)'", text):
         group, option = found.groups()
         if group.startswith("hydra/"):
             return f"{group}={option}: no such option, or its plugin is not installed: {sweep.INSTALL}"
-        options = groups.get(group, [])
-        near = did_you_mean(option, options)
-        return f"{group}={option}: no such {group}{near}; there is {', '.join(options) or 'none'}"
+        return _no_such_option(group, option, groups.get(group, []))
     if found := re.search(r"Could not override '([^']+)'", text):
         name = found[1].partition("@")[0]
-        known = [*groups, *read_settings(_find(directories, entry))]
+        known = list(read_settings(_find(directories, entry), directories=directories))
+        known += [] if "." in name else groups
         chosen = dict(a.split("=", 1) for a in arguments if "=" in a)
         for group, default in _default_choices(_find(directories, entry)).items():
-            options = str(chosen.get(group, default)).strip("[]").split(",")
-            for file in (_find(directories, f"{group}/{option.strip()}") for option in options):
-                if not file.is_file():
-                    continue
-                known += read_settings(file, f"{group}.")
+            for option in str(chosen.get(group, default)).strip("[]").split(","):  # of a sweep or a list, each
+                file = _find(directories, f"{group}/{option.strip()}")
+                if file.is_file():
+                    known += read_settings(file, f"{group}.", directories, group)
         return f"there is no setting {name!r}{did_you_mean(name, known)}; --help lists them all"
     return f"the command line is not understood: {one_line(error)}"
+
+
+def _no_such_option(group: str, option: str, options: Sequence[str]) -> str:
+    return f"{group}={option}: no such {group}{did_you_mean(option, options)}; there is {', '.join(options) or 'none'}"
 
 
 def _default_choices(file: Path) -> dict[str, Any]:
@@ -382,11 +457,11 @@ def _default_choices(file: Path) -> dict[str, Any]:
 
 
 def _directories_of(arguments: list[str]) -> list[Path]:
-    """The user's `--config-dir`, if any, before our own."""
+    """Our own, then the user's `--config-dir`, if any: Hydra takes the first file of a name in this order."""
     for place, argument in enumerate(arguments):
         if argument.startswith(("--config-dir", "-cd")):
             value = argument.partition("=")[2] or "".join(arguments[place + 1 : place + 2])
-            return [Path(value), CONFIGS]
+            return [CONFIGS, Path(value)]
     return [CONFIGS]
 
 
@@ -394,13 +469,16 @@ def _directories_of(arguments: list[str]) -> list[Path]:
 # Help
 
 
-def setting_rows(entry: str, directories: Sequence[Path] = (CONFIGS,)) -> list[tuple[str, str, str]]:
-    """Name, default and meaning of every setting of an entry point, with the options that are chosen by default."""
+def setting_rows(
+    entry: str, directories: Sequence[Path] = (CONFIGS,), chosen: dict[str, str] | None = None
+) -> list[tuple[str, str, str]]:
+    """Name, default and meaning of every setting of an entry point, with the options `chosen` or else the defaults."""
     file = _find(directories, entry)
-    settings = read_settings(file)
-    for group, option in _default_choices(file).items():
-        if option is not None and not group.startswith("override "):
-            settings |= read_settings(_find(directories, f"{group}/{option}"), f"{group}.")
+    settings = read_settings(file, directories=directories)
+    for group, default in _default_choices(file).items():
+        option = (chosen or {}).get(group, default)
+        if option is not None and group not in GLOBAL_GROUPS and not group.startswith("override "):
+            settings |= read_settings(_find(directories, f"{group}/{option}"), f"{group}.", directories, group)
     return [
         (s.name, _typed(s.default), f"{s.meaning} ({s.expected})")
         for s in settings.values()
@@ -408,18 +486,29 @@ def setting_rows(entry: str, directories: Sequence[Path] = (CONFIGS,)) -> list[t
     ]
 
 
-def help_text(entry: str, directories: Sequence[Path] = (CONFIGS,)) -> str:
-    """What `--help` prints: usage, groups with their options, every setting, five examples."""
+def help_text(entry: str, directories: Sequence[Path] = (CONFIGS,), arguments: Sequence[str] = ()) -> str:
+    """What `--help` prints: usage, groups with their options, every setting, five examples.
+
+    Group choices among the command line's `arguments` are shown instead of the defaults.
+
+    Raises:
+        RequestError: an option that is not there.
+    """
     file = _find(directories, entry)
     head = file.read_text(encoding="utf-8").split("\n\n")[0]
     about, _, examples = "\n".join(line.removeprefix("#").strip() for line in head.splitlines()).partition("Examples:")
     defaults = _default_choices(file)
+    available = group_options(directories)
+    chosen = dict(a.split("=", 1) for a in arguments if a.partition("=")[0] in defaults)
+    for group, option in chosen.items():
+        if option not in available[group]:
+            raise RequestError(_no_such_option(group, option, available[group]))
     groups = [
         f"  {group:<{10}} {', '.join(f'[{o}]' if o == defaults[group] else o for o in options)}"
-        for group, options in group_options(directories).items()
+        for group, options in available.items()
         if group in defaults
     ]
-    rows = setting_rows(entry, directories)
+    rows = setting_rows(entry, directories, chosen)
     width = max(len(f"{name}={default}") for name, default, _ in rows if len(default) < 30)
     settings = [f"  {name + '=' + default:<{width}}  {meaning}" for name, default, meaning in rows]
     return "\n".join(
@@ -431,13 +520,13 @@ def help_text(entry: str, directories: Sequence[Path] = (CONFIGS,)) -> str:
             "Groups (GROUP=OPTION; the default in brackets):",
             *groups,
             "",
-            "Settings (SETTING=DEFAULT; another option of a group may have others, `GROUP=OPTION --cfg job` shows them):",
+            "Settings (SETTING=DEFAULT; another option of a group may have others, `--help GROUP=OPTION` shows them):",
             *settings,
             "",
             "Examples:",
             *(f"  {line}" for line in examples.strip().splitlines()),
             "",
-            "Hydra's own options: --cfg job (print the configuration), -m (several runs), --config-dir DIR, --hydra-help.",
+            "Hydra's options: --cfg job (print the configuration), -m (several runs), --config-dir DIR, --hydra-help.",
         ]
     )
 
@@ -461,6 +550,8 @@ def locate(target: str, option: str) -> Any:
             if error.name and (module_name == error.name or module_name.startswith(error.name + ".")):
                 continue
             raise RequestError(f"{option}={target}: its module needs {error.name!r}, which is not installed") from None
+        except Exception as error:
+            raise RequestError(f"{option}={target}: {module_name} cannot be imported: {_cause(error)}") from error
         for part in parts[cut:]:
             if not hasattr(found, part):
                 near = did_you_mean(part, [n for n in vars(found) if not n.startswith("_")])
@@ -485,7 +576,11 @@ def build(
     Raises:
         RequestError: the target takes other settings than those, or refuses a value.
     """
+    if "_target_" not in settings:
+        raise RequestError(f"{group}: names nothing to build; expected `_target_: ` and a class or function")
     callee = target or locate(str(settings["_target_"]), f"{group}._target_")
+    if not callable(callee):
+        raise RequestError(f"{group}._target_={settings['_target_']}: expected a class or function")
     own = {key: value for key, value in settings.items() if key != "_target_"}
     name = settings["_target_"]
     try:
@@ -501,7 +596,16 @@ def build(
             raise RequestError(f"{group}: {name} does not fit its YAML: {one_line(error)}") from None
     try:
         return callee(*arguments, **given, **own)
-    except (TypeError, ValueError) as error:
-        at = traceback.extract_tb(error.__traceback__)[-1]
-        where = f"{Path(at.filename).name}:{at.lineno}"
-        raise RequestError(f"{group}: {name} refuses its settings: {one_line(error)} ({where})") from error
+    except RunError:
+        raise
+    except Exception as error:
+        raise RequestError(f"{group}: {name} refuses its settings: {_cause(error)}") from error
+
+
+def _cause(error: Exception) -> str:
+    """An exception of somebody else's code in one line, with the place where it was raised."""
+    if isinstance(error, SyntaxError):
+        return one_line(error)  # says its own place
+    at = traceback.extract_tb(error.__traceback__)[-1]
+    kind = "" if isinstance(error, (TypeError, ValueError, RuntimeError)) else f"{type(error).__name__}: "
+    return f"{kind}{one_line(error)} ({Path(at.filename).name}:{at.lineno})"

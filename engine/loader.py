@@ -2,27 +2,51 @@
 
 The order of the samples is a function of (seed, epoch), what augmentation does to a sample of (seed, epoch, index): the
 number of workers, the batch size and where a run was resumed change neither.
+
+Three ways lead to a batch: samples in memory are gathered by an index tensor; those of a `Dataset`, and those that a
+transform has to see one at a time, are read in worker processes; an iterable-style `Dataset` is read as it comes.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
-from torch.utils.data import Dataset as TorchDataset
+from torch.utils.data import IterableDataset
 
 import datasets
-from engine.augment import BATCH_TRANSFORMS, Draws, sample_seed
-from engine.config import build, did_you_mean
-from engine.errors import RequestError, one_line
+from engine.augment import (
+    BATCH_TRANSFORMS,
+    Draws,
+    PerImage,
+    Resize,
+    apply,
+    name_and_arguments,
+    own_randomness,
+    per_image,
+    resized_to,
+    sample_seed,
+    seed_everything,
+    to_float,
+)
+from engine.config import build, did_you_mean, locate
+from engine.errors import RequestError, RunError, one_line
+from engine.reader import Failure, Reader, Stream, Workers, cores
+from engine.runs import log
 
-COMMON = ("val_fraction", "limit", "train_transforms", "eval_transforms")  # settings of every dataset, used here
+# Settings of every dataset, and those of file datasets, that are used here and not by the dataset's function.
+COMMON = ("val_fraction", "limit", "train_transforms", "eval_transforms", "target_transform", "steps_per_epoch")
+OF_FILES = ("skip_unreadable", "cache", "cache_dir")
+
+AHEAD = 8192  # samples whose random numbers are drawn at once
 
 
 def choose_device(name: str) -> torch.device:
@@ -49,22 +73,41 @@ class Split:
 
     Attributes:
         part: the samples, as `datasets.ImageData` has them.
-        indices: int64 `[n]`, which of them; None for an iterable data set, that only it can count.
+        indices: int64 `[n]`, which of them; None for an iterable-style data set, that only it can count.
+        num_classes: labels are below it.
+        limit: of an iterable-style data set, samples to take at most.
+        steps: of an iterable-style data set, batches a training epoch has.
+        sampler: as in `datasets.ImageData`, for training.
+        skip_unreadable: go on without image files that cannot be read, in training.
+        target_transform: of training labels, f(labels int64 `[batch]`, num_classes).
     """
 
     part: Any
     indices: Tensor | None
+    num_classes: int
+    limit: int | None = None
+    steps: int | None = None
+    sampler: Callable[[Tensor], Iterable[int]] | None = None
+    skip_unreadable: bool = False
+    target_transform: Callable[[Tensor, int], Tensor] | None = None
 
     def __len__(self) -> int:
-        return -1 if self.indices is None else len(self.indices)
+        """Samples; 0 where only reading them could tell."""
+        if self.indices is not None:
+            return len(self.indices)
+        length = len(self.part) if hasattr(self.part, "__len__") else 0
+        return length if self.limit is None else min(length, self.limit)
 
 
-def load_splits(settings: dict[str, Any], only: str | None = None) -> tuple[dict[str, Split], list[str]]:
+def load_splits(
+    settings: dict[str, Any], only: str | None = None, target: Any = None
+) -> tuple[dict[str, Split], list[str]]:
     """Read a data set and hold out its validation part.
 
     Args:
         settings: the dataset group of the configuration.
         only: leave out every split but this one.
+        target: the function that `_target_` means, where that was already decided.
 
     Returns:
         the splits train, val (absent with `val_fraction: 0`) and test; the class names.
@@ -72,35 +115,122 @@ def load_splits(settings: dict[str, Any], only: str | None = None) -> tuple[dict
     Raises:
         RequestError: the data is not there, is damaged, or has labels outside its classes.
     """
-    own = {key: value for key, value in settings.items() if key not in COMMON}
-    data = build(own, "dataset")
+    own = {key: value for key, value in settings.items() if key not in COMMON + OF_FILES}
+    data = build(own, "dataset", target=target)
     if not isinstance(data, datasets.ImageData):
         raise RequestError(f"{settings['_target_']} returned {type(data).__name__}; expected datasets.ImageData")
     classes = [str(name) for name in data.classes]
     for name, part in (("train", data.train), ("test", data.test)):
         _check_part(part, name, classes)
 
-    everything = _count(data.train)
+    limit, count, test_count = settings["limit"], _count(data.train), _count(data.test)
     splits = {}
-    if everything is None:
-        splits["train"] = Split(data.train, None)
+    if count is None:
+        splits["train"] = Split(data.train, None, len(classes), limit)
     else:
-        held_out = _stratified(_labels(data.train), everything, settings["val_fraction"])
-        splits["train"] = Split(data.train, (~held_out).nonzero().flatten())
+        held_out = _stratified(_labels(data.train), count, settings["val_fraction"])
+        splits["train"] = Split(data.train, (~held_out).nonzero().flatten()[:limit], len(classes))
         if held_out.any():
-            splits["val"] = Split(data.train, held_out.nonzero().flatten())
-    count = _count(data.test)
-    splits["test"] = Split(data.test, None if count is None else torch.arange(count))
-
-    if settings["limit"] is not None:
-        splits = {
-            name: Split(split.part, split.indices if split.indices is None else split.indices[: settings["limit"]])
-            for name, split in splits.items()
-        }
+            splits["val"] = Split(data.train, held_out.nonzero().flatten()[:limit], len(classes))
+    test_indices = None if test_count is None else torch.arange(test_count)[:limit]
+    splits["test"] = Split(data.test, test_indices, len(classes), limit)
     for name, split in splits.items():
-        if len(split) == 0:
-            raise RequestError(f"dataset: the {name} split is empty ({everything} training samples were found)")
-    return splits if only is None else {name: split for name, split in splits.items() if name == only}, classes
+        if split.indices is not None and len(split) == 0:
+            raise RequestError(f"dataset: the {name} split is empty ({count} training samples were found); add images")
+    splits["train"] = _for_training(splits["train"], settings, data.sampler, held_out="val" in splits)
+    if only is not None:
+        splits = {name: split for name, split in splits.items() if name == only}
+    if settings.get("cache"):
+        splits = _from_cache(splits, settings)
+    return splits, classes
+
+
+def _for_training(split: Split, settings: dict[str, Any], sampler: Any, held_out: bool) -> Split:
+    """The training split with what is done to training samples only."""
+    steps = settings.get("steps_per_epoch")
+    if split.indices is None and steps is None:
+        raise RequestError(
+            f"{type(split.part).__name__} is iterable-style: set dataset.steps_per_epoch, the batches an epoch has"
+        )
+    if split.indices is not None and steps is not None:
+        raise RequestError(
+            f"dataset.steps_per_epoch={steps}: for iterable-style data; limit_batches= shortens epochs of other data"
+        )
+    if sampler is not None and not callable(sampler):
+        if held_out:
+            raise RequestError(
+                "dataset: its sampler draws from all training samples, and some are held out for validation; "
+                "make it a function of the indices that are left, or set dataset.val_fraction=0"
+            )
+        sampler = _always(sampler)
+    name = settings.get("target_transform")
+    return replace(
+        split,
+        steps=steps,
+        sampler=sampler,
+        skip_unreadable=bool(settings.get("skip_unreadable")),
+        target_transform=None if name is None else locate(name, "dataset.target_transform"),
+    )
+
+
+def _always(sampler: Iterable[int]) -> Callable[[Tensor], Iterable[int]]:
+    return lambda indices: sampler
+
+
+def _from_cache(splits: dict[str, Split], settings: dict[str, Any]) -> dict[str, Split]:
+    """The splits with their image files decoded once, in a file that is mapped into memory."""
+    from engine.cache import cached_images
+
+    parsed = {
+        phase: parse_transforms(settings[f"{phase}_transforms"], f"dataset.{phase}_transforms")
+        for phase in ("train", "eval")
+    }
+    first = [
+        transforms[0] if transforms and isinstance(transforms[0], Resize) else None for transforms in parsed.values()
+    ]
+    if (first[0] and vars(first[0])) != (first[1] and vars(first[1])):
+        raise RequestError(
+            "dataset.cache=true keeps resized images: put the same Resize first in train_transforms and eval_transforms"
+        )
+    cached: dict[int, tuple[Tensor, dict[int, str]]] = {}
+    result = {}
+    for name, split in splits.items():
+        files = split.part
+        if not isinstance(files, datasets.ImageFiles):
+            raise RequestError(
+                f"dataset.cache=true: for image files, and {settings['_target_']} has none; set it to false"
+            )
+        if id(files) not in cached:
+            cached[id(files)] = cached_images(
+                files, first[0], Path(settings["cache_dir"]), bool(settings.get("skip_unreadable"))
+            )
+        images, unreadable = cached[id(files)]
+        bad = torch.tensor([int(row) in unreadable for row in split.indices.tolist()])  # type: ignore[union-attr]
+        indices = split.indices
+        if bad.any():
+            assert indices is not None
+            if name != "train":
+                raise RequestError(f"{unreadable[int(indices[bad][0])]}; it is for {name}, where nothing is skipped")
+            print(
+                f"{int(bad.sum())} training images cannot be read and are left out; "
+                f"the first: {unreadable[int(indices[bad][0])]}"
+            )
+            indices = indices[~bad]
+        result[name] = replace(split, part=(images, files.targets), indices=indices)
+    return result
+
+
+def fingerprint(splits: dict[str, Split]) -> str:
+    """What tells a data set from another one: the number of samples of each split, and a checksum of labels and order."""
+    texts = []
+    for name, split in splits.items():
+        labels = _labels(split.part)
+        checksum = 0
+        if split.indices is not None:
+            chosen = split.indices if labels is None else labels[split.indices]
+            checksum = zlib.crc32(np.ascontiguousarray(chosen.numpy()).tobytes())
+        texts.append(f"{name} {len(split)} {checksum:08x}")
+    return ", ".join(texts)
 
 
 def _check_part(part: Any, name: str, classes: list[str]) -> None:
@@ -161,19 +291,62 @@ def _stratified(labels: Tensor | None, count: int, fraction: float) -> Tensor:
 def parse_transforms(listed: Sequence[Any], option: str) -> list[Any]:
     """The transforms of a YAML list: `[RandomHorizontalFlip, RandomCrop: {size: 28, padding: 2}]`.
 
+    What has no version for batches here comes from `torchvision.transforms.v2` and works on one image at a time.
+
     Raises:
         RequestError: an unknown name or argument.
     """
     transforms = []
     for entry in listed:
-        name, arguments = next(iter(entry.items())) if isinstance(entry, dict) and len(entry) == 1 else (entry, None)
-        if name not in BATCH_TRANSFORMS:
-            raise RequestError(f"{option}: there is no transform {name!r}{did_you_mean(str(name), BATCH_TRANSFORMS)}")
+        name = entry
         try:
-            transforms.append(BATCH_TRANSFORMS[name](**(arguments or {})))
-        except (TypeError, ValueError, KeyError) as error:
+            name, arguments = name_and_arguments(entry)
+            try:
+                transform = (
+                    BATCH_TRANSFORMS[name](**arguments) if name in BATCH_TRANSFORMS else per_image(name, arguments)
+                )
+            except NotImplementedError:  # an argument that only torchvision's own has
+                transform = per_image(name, arguments)
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
             raise RequestError(f"{option}: {name} refuses its arguments: {one_line(error)}") from None
+        if transform is None:
+            from torchvision.transforms import v2
+
+            known = [*BATCH_TRANSFORMS, *(other for other in vars(v2) if other[0].isupper())]
+            raise RequestError(f"{option}: there is no transform {name!r}{did_you_mean(str(name), known)}")
+        transforms.append(transform)
     return transforms
+
+
+def read_as_evaluated(
+    path: str | os.PathLike[str], eval_transforms: Sequence[Any], input_shape: Sequence[int]
+) -> Tensor:
+    """An image file as evaluation gives it to the model, float `[channels, height, width]`.
+
+    Args:
+        path: the image file.
+        eval_transforms: the YAML's list.
+        input_shape: (channels, height, width) of the model's images; a list without Resize gets one to this size first.
+
+    Raises:
+        RequestError: it cannot be read, or does not come out in `input_shape`.
+    """
+    transforms = parse_transforms(eval_transforms, "dataset.eval_transforms")
+    if not any(isinstance(transform, (Resize, PerImage)) for transform in transforms):
+        transforms.insert(0, Resize(list(input_shape[1:])))
+    size = resized_to(transforms)
+    image = datasets.read_image(path, input_shape[0], at_least=size)[None]
+    try:
+        with own_randomness():
+            image = to_float(apply(list(enumerate(transforms)), image, Draws(0, 0, torch.zeros(1, dtype=torch.int64))))
+    except RunError as error:
+        raise RequestError(f"{path}: {error}") from None
+    if list(image.shape[1:]) != list(input_shape):
+        raise RequestError(
+            f"{path}: comes out as {list(image.shape[1:])}, the model takes {list(input_shape)}; "
+            "set dataset.eval_transforms"
+        )
+    return image[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -190,7 +363,11 @@ class Batches:
         device: where the batches come out.
         training: shuffle and drop the last batch as the configuration says.
 
-    Batches are floats `[batch, channels, height, width]`, 0 to 1 before `Normalize`, and labels int64 `[batch]`.
+    Batches are floats `[batch, channels, height, width]`, 0 to 1 before `Normalize`, and labels int64 `[batch]`, or
+    float `[batch, num_classes]` where the data set or `target_transform` gives probabilities.
+
+    Raises:
+        RequestError: the transforms or the number of samples do not fit.
     """
 
     def __init__(
@@ -201,82 +378,245 @@ class Batches:
         device: torch.device,
         training: bool = False,
     ) -> None:
-        self.split, self.device = split, device
+        self.split, self.device, self.training = split, device, training
         self.batch_size: int = config["batch_size"]
         self.seed: int = config["seed"]
         self.shuffle = training and config["shuffle"]
         self.drop_last = training and config["drop_last"]
         self.limit: int | None = config["limit_batches"]
-        self.transforms = parse_transforms(transforms, f"dataset.{'train' if training else 'eval'}_transforms")
-        if self.drop_last and len(split) < self.batch_size:
+        option = f"dataset.{'train' if training else 'eval'}_transforms"
+        parsed = parse_transforms(transforms, option)
+        self.size = self._count_samples()
+        if self.drop_last and split.indices is not None and self.size < self.batch_size:
             raise RequestError(
-                f"drop_last=true leaves no batch: {len(split)} training samples, batch_size={self.batch_size}; lower batch_size"
+                f"drop_last=true leaves no batch: {self.size} training samples, batch_size={self.batch_size}; "
+                "lower batch_size"
             )
-        self.resident = None
-        if isinstance(split.part, tuple):
+        in_memory = isinstance(split.part, tuple)
+        alone = _run_alone(parsed, in_memory)
+        self.later = list(enumerate(parsed))[alone:]  # batches of these run on the device
+        self.draws = any(transform.random for _, transform in self.later)
+        self.resident: tuple[Tensor, Tensor] | None = None
+        self.workers: Workers | None = None
+        self._stream: Stream | None = None
+        reader = Reader(split.part, parsed[:alone], self.seed, split.num_classes, training and split.skip_unreadable)
+        self.reader = reader
+        if split.indices is None:
+            self._stream = Stream(reader)
+        elif in_memory and alone == 0:
             self.resident = _place(split.part, device)
         else:
-            workers = config["num_workers"]
-            self.num_workers = (os.cpu_count() or 1) if workers is None else workers
-            self._loader: DataLoader | None = None
+            asked = config["num_workers"]
+            self.workers = Workers(reader, cores() if asked is None else asked, device.type == "cuda")
+            if isinstance(split.part, datasets.ImageFiles) and alone == 0:
+                _check_sizes(split, option)
+
+    def _count_samples(self) -> int:
+        """Samples of an epoch, before the last batch is dropped or `limit_batches` cuts."""
+        if self.training and self.split.sampler is not None:
+            with own_randomness():
+                sampler = self.split.sampler(self.split.indices)  # type: ignore[arg-type]
+                if not hasattr(sampler, "__len__"):
+                    raise RequestError(f"dataset: its sampler {type(sampler).__name__} has no length; give it one")
+                return len(sampler)  # type: ignore[arg-type]
+        if self.training and self.split.indices is None:
+            return (self.split.steps or 0) * self.batch_size
+        return len(self.split)
 
     def __len__(self) -> int:
-        whole = len(self.split) // self.batch_size
-        count = whole if self.drop_last or len(self.split) % self.batch_size == 0 else whole + 1
+        whole, rest = divmod(self.size, self.batch_size)
+        count = whole + 1 if rest and not self.drop_last else whole
         return count if self.limit is None else min(count, self.limit)
 
     @property
     def num_samples(self) -> int:
         """Samples in an epoch."""
-        return min(len(self.split), len(self) * self.batch_size)
+        return min(self.size, len(self) * self.batch_size)
 
     def order(self, epoch: int) -> Tensor:
         """The sample indices of an epoch, int64 `[n]`, in the order in which they are seen."""
-        assert self.split.indices is not None
+        indices = self.split.indices
+        assert indices is not None
+        if self.training and self.split.sampler is not None:
+            with own_randomness():
+                seed_everything(int(sample_seed(self.seed, epoch)))
+                places = torch.tensor([int(place) for place in self.split.sampler(indices)], dtype=torch.int64)
+            if len(places) != self.size or not ((places >= 0) & (places < len(indices))).all():
+                raise RunError(
+                    f"dataset: its sampler gave {len(places)} places from {int(places.min())} to {int(places.max())}; "
+                    f"expected {self.size}, from 0 to {len(indices) - 1}"
+                )
+            return indices[places]
         if not self.shuffle:
-            return self.split.indices
+            return indices
         bits = int(sample_seed(self.seed, epoch))
-        return self.split.indices[torch.randperm(len(self.split), generator=torch.Generator().manual_seed(bits))]
+        return indices[torch.randperm(len(indices), generator=torch.Generator().manual_seed(bits))]
 
     def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of an epoch, from number `start` on."""
-        indices = self.order(epoch).split(self.batch_size)[start : len(self)]
-        source = self._in_memory(indices) if self.resident is not None else self._read(indices, epoch)
-        for index, images, labels in source:
-            draws = Draws(self.seed, epoch, index) if self.transforms else None
-            for transform in self.transforms:
-                if transform.needs_float and not images.is_floating_point():
-                    images = to_float(images)
-                images = transform(images, draws)
+        """The batches of an epoch, from number `start` on.
+
+        Raises:
+            RunError: samples that cannot be read, or do not fit together.
+        """
+        target_transform = self.split.target_transform if self.training else None
+        first = start * self.batch_size
+        order = None if self._stream is not None else self.order(epoch)[first : len(self) * self.batch_size]
+        if order is None:
+            source = self._from_stream(epoch, start)
+        elif self.resident is not None:
+            source = self._gather(order)
+        else:
+            source = self._read(epoch, order)
+        done, group = 0, self.batch_size * max(1, AHEAD // self.batch_size)
+        for images, labels in source:
+            if self.draws:
+                if done % group == 0:
+                    numbers = torch.arange(first + done, first + done + group)  # a stream's samples are only numbered
+                    ahead = Draws(self.seed, epoch, numbers if order is None else order[done : done + group])
+                images = apply(self.later, images, ahead.window(done % group, len(images)))
+                done += len(images)
+            elif self.later:
+                images = apply(self.later, images, None)
+            if target_transform is not None:
+                labels = self._targets(target_transform, labels)
             yield to_float(images), labels
 
     __iter__ = epoch
 
-    def _in_memory(self, indices: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def _gather(self, order: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches of samples that are in memory."""
         images, labels = self.resident  # type: ignore[misc]
-        for index in indices:
-            here = index.to(images.device, non_blocking=True)
-            yield index, images.index_select(0, here).to(self.device), labels.index_select(0, here).to(self.device)
+        order = order.to(images.device)
+        indices, labels = order.split(self.batch_size), labels.index_select(0, order)
+        batches = ((images.index_select(0, i), y) for i, y in zip(indices, labels.split(self.batch_size), strict=True))
+        return batches if images.device.type == self.device.type else self._copied_ahead(batches)
 
-    def _read(self, indices: Sequence[Tensor], epoch: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        raise NotImplementedError
+    def _read(self, epoch: int, order: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches of samples that are read one at a time."""
+        assert self.workers is not None
+        skipped: list[str] = []
+        batches = self._noting(self.workers.read(epoch, order.split(self.batch_size)), skipped)
+        yield from batches if self.device.type == "cpu" else self._copied_ahead(batches)
+        if skipped:
+            log.warning(f"epoch {epoch}: {len(skipped)} images could not be read and were skipped; first: {skipped[0]}")
+
+    def _noting(self, batches: Iterable[Any], skipped: list[str]) -> Iterator[tuple[Tensor, Tensor]]:
+        for images, labels, unread in batches:
+            skipped.extend(unread)
+            yield images, labels
+
+    def _copied_ahead(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches of host memory on the device, each copied while the one before is used."""
+        waiting = None
+        for images, labels in batches:
+            if self.device.type == "cuda":  # only copies from pinned memory do not wait
+                images, labels = images.pin_memory(), labels.pin_memory()
+            following = images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+            if waiting is not None:
+                yield waiting
+            waiting = following
+        if waiting is not None:
+            yield waiting
+
+    def _from_stream(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches of an iterable-style data set: training goes on where the last epoch ended, a test starts anew."""
+        assert self._stream is not None
+        if self.training:
+            first = ((max(epoch, 1) - 1) * len(self) + start) * self.batch_size
+            samples = self._stream.forever(first, self.split.limit)
+        else:
+            samples = self._stream.once(self.split.limit)
+        last = len(self) if self.training else self.limit
+        number = start
+        while (last is None or number < last) and (found := list(islice(samples, self.batch_size))):
+            index = torch.arange(len(found)) + number * self.batch_size
+            images, labels = self.reader.prepare(epoch, index, found)
+            yield images.to(self.device), labels.to(self.device)
+            number += 1
+
+    def _targets(self, transform: Callable[[Tensor, int], Tensor], labels: Tensor) -> Tensor:
+        try:
+            made = transform(labels, self.split.num_classes)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise RunError(
+                f"dataset.target_transform refuses labels {list(labels.shape)}: {one_line(error)}"
+            ) from error
+        return made.float() if made.ndim == 2 else made
 
     def sample_shape(self) -> tuple[int, int, int]:
-        """(channels, height, width) of an image as the model gets it."""
-        images, _ = next(islice(self.epoch(1), 1))
+        """(channels, height, width) of an image as the model gets it.
+
+        Raises:
+            RequestError: no image can be read, or the transforms do not fit it.
+        """
+        try:
+            if self._stream is not None:
+                found = next(self._stream.once(None), None)
+                if found is None:
+                    raise RunError(f"{type(self.split.part).__name__} gives no sample")
+                images, _ = self.reader.prepare(1, torch.zeros(1, dtype=torch.int64), [found])
+            else:
+                images, _ = self._first()
+            with own_randomness():
+                images = apply(self.later, images, Draws(self.seed, 1, torch.zeros(1, dtype=torch.int64)))
+        except RunError as error:
+            raise RequestError(str(error)) from None
         return tuple(images.shape[1:])  # type: ignore[return-value]
 
+    def _first(self) -> tuple[Tensor, Tensor]:
+        """The first sample that can be read, on the device."""
+        assert self.split.indices is not None
+        if self.resident is not None:
+            images, labels = self.resident
+            return images[self.split.indices[:1].to(images.device)].to(self.device), labels[:1]
+        for index in self.split.indices.split(1):
+            found = self.reader[(1, index)]
+            if not isinstance(found, Failure):
+                return found[0].to(self.device), found[1]
+            if not self.reader.skip_unreadable:
+                raise RunError(found.message)
+        raise RunError(f"none of the {len(self.split)} images can be read")
 
-def to_float(images: Tensor) -> Tensor:
-    """uint8 0 to 255 as float32 0 to 1, bit by bit what torchvision's `ToTensor` does; floats as they are."""
-    return images if images.is_floating_point() else images.to(torch.float32).div_(255)
+
+def _run_alone(transforms: Sequence[Any], in_memory: bool) -> int:
+    """How many of the transforms, from the first on, have to see one image at a time.
+
+    All up to the last one that only torchvision has, and the first Resize of what is read from files, as their images
+    differ in size before it.
+    """
+    last = [place + 1 for place, transform in enumerate(transforms) if isinstance(transform, PerImage)][-1:]
+    resize = (
+        []
+        if in_memory
+        else [place + 1 for place, transform in enumerate(transforms) if isinstance(transform, Resize)][:1]
+    )
+    return max(last + resize, default=0)
+
+
+def _check_sizes(split: Split, option: str) -> None:
+    """Without a Resize, images of files must have one size; their headers tell before any is decoded."""
+    from PIL import Image
+
+    files, first = split.part, None
+    for index in split.indices.tolist():  # type: ignore[union-attr]
+        path = str(files.paths[index])
+        try:
+            with Image.open(path) as image:
+                turned = image.size[0] != image.size[1] and image.getexif().get(274, 1) >= 5
+                size = image.size[::-1] if turned else image.size
+        except Exception:  # the reader says what is wrong with it
+            continue
+        if first is not None and size != first[0]:
+            raise RequestError(
+                f"images of different sizes: {first[1]} is {first[0][0]}x{first[0][1]}, {path} is {size[0]}x{size[1]}; "
+                f"put Resize: {{size: [height, width]}} first in {option}"
+            )
+        first = first or (size, path)
 
 
 def _place(part: tuple[Tensor, Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Samples on the device where they fit into half of its free memory, else in host memory, pinned."""
-    if device.type == "cpu":
-        return part
+    """Samples on the device where they fit into half of its free memory, else where they are."""
     images, labels = part
-    if device.type == "cuda" and images.numel() > torch.cuda.mem_get_info(device)[0] // 2:
+    if device.type == "cpu" or (device.type == "cuda" and images.numel() > torch.cuda.mem_get_info(device)[0] // 2):
         return images, labels
     return images.to(device), labels.to(device)

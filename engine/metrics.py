@@ -27,6 +27,12 @@ class Tally:
         self.sizes: list[int] = []
         self.correct = torch.zeros((), dtype=torch.int64, device=device)
 
+    def reset(self) -> None:
+        """Begin an epoch."""
+        self.losses.zero_()
+        self.sizes.clear()
+        self.correct.zero_()
+
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
         """Count a step: its mean loss, logits `[batch, num_classes]` and labels."""
         self.losses[len(self.sizes)] = loss.detach()
@@ -46,11 +52,12 @@ class Tally:
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint in the middle of an epoch keeps."""
-        return {"losses": self.losses[: len(self.sizes)].cpu(), "sizes": self.sizes, "correct": int(self.correct)}
+        return {"losses": self.losses[: len(self.sizes)].cpu(), "sizes": list(self.sizes), "correct": int(self.correct)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state_dict()`."""
-        self.sizes = list(state["sizes"])
+        self.reset()
+        self.sizes += state["sizes"]
         self.losses[: len(self.sizes)] = state["losses"]
         self.correct.fill_(state["correct"])
 

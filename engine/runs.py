@@ -2,38 +2,46 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import errno
+import fcntl
 import io
 import json
 import logging
 import os
 import platform
 import re
+import shutil
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 from engine.config import ROOT, RUNS
-from engine.errors import RequestError, one_line
+from engine.errors import RequestError, RunError, one_line
 
 COLUMNS = ("epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "lr", "seconds", "images_per_second")
 
 log = logging.getLogger("run")  # to the terminal and to train.log
 
 
-def check_name(name: str | None) -> None:
-    """Refuse a run name that is taken, or that would have to be quoted in a shell.
+def check_name(config: dict[str, Any]) -> None:
+    """Refuse the name of a new run if it is taken, or would have to be quoted in a shell.
 
     Raises:
         RequestError: the name cannot be used.
     """
-    if name is None:
+    name = config["name"]
+    if name is None or config["resume"]:
         return
     sweep, _, own = name.rpartition("/")
     in_sweep = sweep and (RUNS / sweep / "sweep.json").is_file()  # a sweep's runs are named sweep/run
@@ -46,38 +54,92 @@ def check_name(name: str | None) -> None:
 def create(config: dict[str, Any]) -> Path:
     """Make the run's own directory, with .hydra/ in it, and point checkpoints/latest to it.
 
+    The directory appears under its name complete, and renaming onto one that is there fails: whoever succeeds has it to
+    itself, whatever starts in the same second, and a run killed before that leaves nothing to continue.
+
     Raises:
         RequestError: the name is taken or nothing can be written there.
     """
     name = config["name"]
+    draft = None
     base = name or f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{config['choices']['model']}_{config['choices']['dataset']}"
     try:
         RUNS.mkdir(parents=True, exist_ok=True)
-        directory = _claim(base, own_name=name is not None)
-        hydra_directory = directory / ".hydra"
-        hydra_directory.mkdir()
+        draft = Path(tempfile.mkdtemp(prefix=".new-", dir=RUNS))
+        draft.chmod(0o777 & ~_umask())
+        (draft / ".hydra").mkdir()
         runtime = HydraConfig.get()
-        OmegaConf.save(OmegaConf.create(config), hydra_directory / "config.yaml")
-        OmegaConf.save(OmegaConf.create({"hydra": runtime}), hydra_directory / "hydra.yaml")
-        OmegaConf.save(runtime.overrides.task, hydra_directory / "overrides.yaml")
+        OmegaConf.save(OmegaConf.create(config), draft / ".hydra" / "config.yaml")
+        OmegaConf.save(OmegaConf.create({"hydra": runtime}), draft / ".hydra" / "hydra.yaml")
+        OmegaConf.save(runtime.overrides.task, draft / ".hydra" / "overrides.yaml")
+        lock(draft)
+        directory = _claim(draft, base, own_name=name is not None)
+        _locks[directory] = _locks.pop(draft)
         _point_latest(directory)
     except OSError as error:
+        if draft is not None:
+            shutil.rmtree(draft, ignore_errors=True)
         raise RequestError(f"the run directory cannot be made in {RUNS.resolve()}: {one_line(error)}") from None
     return directory
 
 
-def _claim(base: str, own_name: bool) -> Path:
-    """mkdir succeeds for one process only, so whoever made the directory has it to itself."""
+def reopen(config: dict[str, Any]) -> Path:
+    """The directory of the run that is resumed, locked.
+
+    Raises:
+        RequestError: it is in use.
+    """
+    directory = Path(config["resume"])
+    lock(directory)
+    (directory / "end.json").unlink(missing_ok=True)
+    return directory
+
+
+def own_config(config: dict[str, Any]) -> dict[str, Any]:
+    """What a run keeps of its configuration: everything but how it was resumed."""
+    own = {key: value for key, value in config.items() if key != "changed"}
+    return own | {"resume": None, "resume_changed": False}
+
+
+def save_config(directory: Path, config: dict[str, Any]) -> None:
+    """Make the configuration that a resumed run goes on with the run's own."""
+    write_text(directory / ".hydra" / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(own_config(config))))
+
+
+def close(directory: Path) -> None:
+    """End a run that is finished: its log and its lock."""
+    stop_log()
+    _locks.pop(directory).close()
+
+
+def abandon(state: str, reason: str) -> None:
+    """Close what this process has open of a run that failed or was stopped, and note that in its end.json."""
+    for directory in list(_locks):
+        with contextlib.suppress(RunError):  # a full disk, for instance, which is what is being reported
+            write_json(directory / "end.json", {"state": state, "reason": reason})
+        close(directory)
+
+
+def _claim(draft: Path, base: str, own_name: bool) -> Path:
     number = 1
     while True:
         directory = RUNS / (base if number == 1 else f"{base}_{number}")
         try:
-            directory.mkdir()
+            draft.rename(directory)
             return directory
-        except FileExistsError:
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise
             if own_name:
+                shutil.rmtree(draft)
                 raise RequestError(f"name={base}: {directory} is taken; choose another name or remove it") from None
             number += 1
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _point_latest(directory: Path) -> None:
@@ -85,6 +147,63 @@ def _point_latest(directory: Path) -> None:
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(directory.relative_to(RUNS))
     os.replace(temporary, RUNS / "latest")
+
+
+_locks: dict[Path, Any] = {}  # kept open: closing a file gives its lock up
+
+
+def lock(directory: Path) -> None:
+    """Keep every other process out of a run's directory until this one ends, however it ends.
+
+    A POSIX record lock: the kernel drops it with the process, so there are no stale ones, and a loader's worker that
+    outlives its parent does not hold it.
+
+    Raises:
+        RequestError: another process has it; says which.
+    """
+    file = (directory / ".lock").open("a+", encoding="utf-8")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+        file.close()
+        raise RequestError(f"{directory} is in use by {holder}; wait for it, or stop it first") from None
+    file.truncate(0)
+    file.write(f"pid {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+    file.flush()
+    _locks[directory] = file
+
+
+def find(run: str) -> Path:
+    """The directory of a run named by `resume=`: a directory, a file in it, or `latest`.
+
+    Raises:
+        RequestError: there is no such run.
+    """
+    directory = newest() if run == "latest" else Path(run)
+    if directory.is_file() or (directory.suffix == ".pt" and not directory.exists()):
+        directory = directory.parent
+    if not (directory / ".hydra" / "config.yaml").is_file():
+        example = newest() if (RUNS / "latest").is_dir() else RUNS / "<run>"
+        raise RequestError(f"resume={run}: no run there; expected a run's directory such as {example}, or latest")
+    return directory
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """The configuration of a run, as plain data.
+
+    Raises:
+        RequestError: the file is damaged.
+    """
+    file = directory / ".hydra" / "config.yaml"
+    try:
+        config = yaml.safe_load(file.read_text(encoding="utf-8"))
+        if not isinstance(config["choices"], dict):
+            raise ValueError("it names no choices")
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+        raise RequestError(f"{file}: not a run's configuration ({one_line(error)})") from None
+    return config
 
 
 def newest() -> Path:
@@ -102,8 +221,10 @@ def newest() -> Path:
 def start_log(file: Path) -> None:
     """Send the log to standard output and, with times, to a file."""
     stop_log()
+    logging.raiseExceptions = False  # a full disk is told by what is lost, not by every line of the log
     log.setLevel(logging.DEBUG)
     log.propagate = False
+    log.disabled = False  # Hydra's set-up of logging disables the loggers that were there before it
     terminal = logging.StreamHandler(sys.stdout)
     terminal.setLevel(logging.INFO)
     to_file = logging.FileHandler(file, encoding="utf-8")
@@ -120,10 +241,14 @@ def stop_log() -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
+    """Write a text file whole or not at all; RunError if it cannot be written."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise RunError(f"{path}: cannot be written ({one_line(error)})") from None
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

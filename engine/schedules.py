@@ -1,20 +1,56 @@
 """Learning-rate schedules: the rate as a function of the step, so there is nothing to lose and nothing to be off by."""
 
+from __future__ import annotations
+
+import inspect
 import math
+from collections.abc import Callable
+from typing import Any
 
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from engine.config import build, locate
+from engine.errors import RequestError
 
 
-def constant(optimizer: Optimizer, total_steps: int, steps_per_epoch: int, warmup_epochs: float = 0) -> LambdaLR:
+class Schedule:
+    """Sets the learning rate before each step to the optimizer's own times `factor(steps done so far)`."""
+
+    def __init__(self, optimizer: Optimizer, factor: Callable[[int], float]) -> None:
+        self.optimizer, self.factor, self.steps = optimizer, factor, 0
+        self.rates = [group["lr"] for group in optimizer.param_groups]
+        self._set()
+
+    def step(self) -> None:
+        """After a step of the optimizer: the rate for the next."""
+        self.steps += 1
+        self._set()
+
+    def _set(self) -> None:
+        factor = self.factor(self.steps)
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * factor
+
+    def state_dict(self) -> dict[str, Any]:
+        """The number of steps is all there is to know."""
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state_dict()`, along this run's curve, which may be longer than the one it was saved on."""
+        self.steps = state["steps"]
+        self._set()
+
+
+def constant(optimizer: Optimizer, total_steps: int, steps_per_epoch: int, warmup_epochs: float = 0) -> Schedule:
     """`optimizer.lr` throughout, after a linear rise over `warmup_epochs`."""
     warmup = warmup_epochs * steps_per_epoch
-    return LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / (warmup + 1)))
+    return Schedule(optimizer, lambda step: min(1.0, (step + 1) / (warmup + 1)))
 
 
 def cosine(
     optimizer: Optimizer, total_steps: int, steps_per_epoch: int, warmup_epochs: float = 0, final: float = 0.0
-) -> LambdaLR:
+) -> Schedule:
     """From `optimizer.lr` to `final` times it along half a cosine (SGDR, arXiv:1608.03983, equation 5, one period).
 
     The learning rate first rises linearly over `warmup_epochs`, the cosine takes the steps that remain.
@@ -27,4 +63,46 @@ def cosine(
         progress = min(1.0, (step - warmup) / max(1.0, total_steps - warmup))
         return final + (1 - final) * (1 + math.cos(math.pi * progress)) / 2
 
-    return LambdaLR(optimizer, factor)
+    return Schedule(optimizer, factor)
+
+
+class EveryEpoch:
+    """One of torch's schedulers that count epochs, stepped where the epoch ends though it is called at every step."""
+
+    def __init__(self, scheduler: Any, steps_per_epoch: int) -> None:
+        self.scheduler, self.steps_per_epoch, self.steps = scheduler, steps_per_epoch, 0
+
+    def step(self) -> None:
+        """After a step of the optimizer."""
+        self.steps += 1
+        if self.steps % self.steps_per_epoch == 0:
+            self.scheduler.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The scheduler's own, and the step."""
+        return {"steps": self.steps, "scheduler": self.scheduler.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state_dict()`."""
+        self.steps = state["steps"]
+        self.scheduler.load_state_dict(state["scheduler"])
+
+
+def build_schedule(settings: dict[str, Any], optimizer: Optimizer, epochs: int, steps_per_epoch: int) -> Any:
+    """The schedule that the configuration names: one that takes `total_steps` is stepped every step, others every epoch.
+
+    Raises:
+        RequestError: it does not fit its settings, or follows a metric.
+    """
+    target = locate(settings["_target_"], "scheduler._target_")
+    if target is ReduceLROnPlateau:
+        raise RequestError(
+            "scheduler: ReduceLROnPlateau follows a metric; choose one that follows the epoch or the step"
+        )
+    total = epochs * steps_per_epoch
+    schedule = build(
+        settings, "scheduler", optimizer, target=target, total_steps=total, steps_per_epoch=steps_per_epoch
+    )
+    if "total_steps" in inspect.signature(target).parameters:
+        return schedule
+    return EveryEpoch(schedule, steps_per_epoch)

@@ -44,6 +44,7 @@ from engine import compare
 from engine.errors import Interrupted, RequestError, RunError, one_line
 
 INSTALL = "pip install '.[sweep]'"
+UNIMPORTANT = (*compare.NOT_COMPARED, "name", "resume", "resume_changed", "checkpoint", "device", "num_workers")
 Plain = dict[str, Any]
 MOST_CHECKED = 500  # jobs whose configurations are composed and checked before the first one runs; 0.1 s each
 
@@ -66,8 +67,7 @@ class Sweep:
     """The sweep that this process started."""
 
     directory: Path
-    began: float
-    jobs_before: int  # lines of jobs.jsonl when it started
+    lines_before: int  # of jobs.jsonl, when it started
 
 
 _started: Sweep | None = None
@@ -81,9 +81,7 @@ def has_started() -> bool:
 
 def has_failures() -> bool:
     """Whether a job of the sweep that this process started has failed."""
-    return _started is not None and any(
-        r["state"] == "failed" for r in _journal(_started.directory)[_started.jobs_before :]
-    )
+    return _started is not None and any(record["state"] == "failed" for record in _news(_started))
 
 
 def is_job() -> bool:
@@ -132,7 +130,7 @@ def start(config: DictConfig, check: Callable[[DictConfig], Any]) -> None:
             settings["first_number"] = _continue_study(config.hydra.sweeper)
     (directory / "sweep.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
-    _started = Sweep(directory, time.time(), len(_journal(directory)))
+    _started = Sweep(directory, len(_journal(directory)))
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (_root(), os.environ.get("PYTHONPATH"))))
     signal.signal(signal.SIGTERM, _terminate)  # so that launchers take their processes down with them
     if "submitit" in str(config.hydra.launcher._target_):
@@ -309,17 +307,21 @@ def run_job(
     try:
         plain = check(config)
         record["configuration"] = _fingerprint(plain)
-        done = _finished_before(directory, record["configuration"])
-        if done is not None:
-            print(f"{label}  {' '.join(varying)}: finished before, {done['run']}", flush=True)
-            return done["value"]
-        if "name" in plain:
+        before = _before(directory, record["configuration"])
+        if before.get("state") == "finished":
+            print(f"{label}  {' '.join(varying)}: finished before, {before['run']}", flush=True)
+            return before["value"]
+        if before:  # stopped or killed: exactly where it was, as resume= would
+            plain |= {"name": before["run"], "resume": str(directory.parent / before["run"]), "changed": []}
+        elif "name" in plain:
             plain["name"] = f"{directory.name}/{_run_name(directory, number, varying)}"
-            record["run"] = plain["name"]
+        record["run"] = plain.get("name")
         print(f"\n{label}  {' '.join(varying)}", flush=True)
+        _record(directory, record, state="began")
         _choose_gpu(number, str(plain.get("device", "")), str(hydra.launcher._target_))
         value = main(plain)
-        _check_finite(directory.parent / plain["name"] if "name" in plain else None, value)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise RunError(f"the result is not a number ({value})")
     except Interrupted as error:
         _record(directory, record, state="stopped", reason=one_line(error))
         _report(record, one_line(error))
@@ -352,18 +354,22 @@ def _varying(overrides: list[str], names: list[str]) -> list[str]:
 
 def _fingerprint(plain: dict[str, Any]) -> str:
     """Equal for equal configurations, whatever they are named, whoever is told, in whatever order they were typed."""
-    choices = {group: name for group, name in plain["choices"].items() if group not in compare.NOT_COMPARED}
-    settings = {key: value for key, value in plain.items() if key not in ("name", *compare.NOT_COMPARED)}
+    choices = {group: name for group, name in plain["choices"].items() if group not in UNIMPORTANT}
+    settings = {key: value for key, value in plain.items() if key not in UNIMPORTANT}
     content = json.dumps(settings | {"choices": choices}, sort_keys=True, default=str)
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
-def _finished_before(directory: Path, configuration: str) -> dict[str, Any] | None:
-    for record in _journal(directory):
-        same = record.get("configuration") == configuration and record.get("state") == "finished"
-        if same and "run" in record and (directory.parent / record["run"] / "summary.json").is_file():
-            return record
-    return None
+def _before(directory: Path, configuration: str) -> dict[str, Any]:
+    """The last record of a run of this configuration that finished or can be continued, or an empty one."""
+    for record in reversed(_journal(directory)):
+        if record.get("configuration") == configuration and record.get("run"):
+            run = directory.parent / record["run"]
+            if (run / "summary.json").is_file():
+                return record if record["state"] == "finished" else {}
+            can_go_on = record["state"] in ("began", "stopped") and (run / ".hydra" / "config.yaml").is_file()
+            return record if can_go_on else {}
+    return {}
 
 
 def _run_name(directory: Path, number: int, varying: list[str]) -> str:
@@ -381,15 +387,6 @@ def _word(override: str) -> str:
         value = f"{number:.4g}"  # Optuna's values have sixteen digits
     value = value.replace("e+", "e")
     return re.sub(r"[^A-Za-z0-9.]+", "-", f"{name.rpartition('.')[2]}-{value}").strip("-.")
-
-
-def _check_finite(run: Path | None, value: Any) -> None:
-    """A loss that was not a number makes a failed run, whatever accuracy came out of it."""
-    row = compare.read_run(run, run.parent.parent) if run else None
-    if row and row["state"] == "failed":
-        raise RunError(f"{row['reason']} (in {run}/metrics.csv); try a lower learning rate")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise RunError(f"the result is not a number ({value})")
 
 
 def _choose_gpu(number: int, device: str, launcher: str) -> None:
@@ -429,8 +426,8 @@ def _record(directory: Path, record: dict[str, Any], **result: Any) -> None:
 
 
 def _news(sweep: Sweep) -> list[dict[str, Any]]:
-    """What jobs.jsonl got since this process started the sweep."""
-    return _journal(sweep.directory)[sweep.jobs_before :]
+    """How jobs ended since this process started the sweep."""
+    return [record for record in _journal(sweep.directory)[sweep.lines_before :] if record["state"] != "began"]
 
 
 def _journal(directory: Path) -> list[dict[str, Any]]:
@@ -460,11 +457,12 @@ def finish(exit_code: int) -> int:
     Returns:
         the program's exit code: 1 with a failed job, 2 where no job could do what was asked.
     """
+    global _started
     if _started is None:
         return exit_code
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    directory = _started.directory
-    news = _news(_started)
+    directory, news = _started.directory, _news(_started)
+    _started = None
     failed = [record for record in news if record["state"] == "failed"]
     rows = [row for row in compare.read_runs(directory) if row["state"] == "finished"]
     if rows:
@@ -571,12 +569,16 @@ def draw(file: Path, rows: list[dict[str, Any]], shown: list[dict[str, Any]], co
 
 def _describe(row: dict[str, Any], settings: list[str]) -> str:
     """What tells a configuration from the others, on at most two lines."""
-    words = [f"{name.rpartition('.')[2]}={compare.cell(row[name])}" for name in settings if name in row]
+    words = [f"{name.rpartition('.')[2]}={_brief(row[name])}" for name in settings if name in row]
     text = "  ".join(word if len(word) <= 32 else word[:29] + "..." for word in words) or str(
         row.get("run", "all runs")
     )
     middle = text.find("  ", len(text) // 2)
     return text if len(text) <= 44 or middle < 0 else f"{text[:middle]}\n{text[middle + 2 :]}"
+
+
+def _brief(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else compare.cell(value)
 
 
 def _short(text: str, most: int) -> str:

@@ -65,6 +65,14 @@ class Trackers:
         for name, settings in self.settings.items():
             self._try(name, lambda: self.trackers.update({name: KINDS[name](config, settings, directory, next_epoch)}))  # noqa: B023
 
+    def __enter__(self) -> Trackers:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Close the trackers of a run that fails or is stopped."""
+        if kind is not None:
+            self.finish(None)
+
     def epoch(self, row: dict[str, Any]) -> None:
         """Tell all trackers an epoch's row of metrics."""
         for name, tracker in list(self.trackers.items()):

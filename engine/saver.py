@@ -1,0 +1,289 @@
+"""Saving a run while it trains, so that it can be killed at any moment and go on with the same bits.
+
+Everything that continuing needs is a part with `state_dict()` and `load_state_dict()`: model, optimizer, schedule, tally,
+progress, random states. last.pt holds them all as data. It is written between two steps: every epoch, every so many
+minutes or steps, and when the run is told to stop.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import torch
+
+from engine import checkpoint
+from engine.errors import Interrupted, RequestError, RunError, one_line
+from engine.metrics import Tally
+from engine.runs import log
+
+Item = TypeVar("Item")
+
+
+class Part(Protocol):
+    """Something with a state."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state as tensors, numbers and text."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> Any:
+        """Go on from it."""
+
+
+class Progress:
+    """Where a run is.
+
+    Attributes:
+        epoch: the epoch being trained, from 1; one more than the last when all are done.
+        batch: how many of its batches are done.
+        lr: learning rate at its start.
+        history: the rows of metrics.csv.
+        best: the row of the best epoch so far, or {}.
+    """
+
+    def __init__(self) -> None:
+        self.epoch, self.batch, self.lr = 1, 0, 0.0
+        self.history: list[dict[str, Any]] = []
+        self.best: dict[str, Any] = {}
+        self._began = time.perf_counter()
+
+    def begin_epoch(self, lr: float) -> None:
+        """Start the clock of an epoch; one that was resumed goes on."""
+        if self.batch == 0:
+            self.lr, self._began = lr, time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Time spent on this epoch, without the time between a stop and a resumption."""
+        return time.perf_counter() - self._began
+
+    def end_epoch(self, row: dict[str, Any]) -> bool:
+        """Add the epoch's row and go to the next; returns whether it is the best so far.
+
+        Best is the highest validation accuracy, the lower loss where that is the same; without validation the last.
+        """
+        self.history.append(row)
+        self.epoch, self.batch = self.epoch + 1, 0
+        better = (
+            not self.best
+            or row["val_loss"] is None
+            or (row["val_accuracy"], -row["val_loss"]) > (self.best["val_accuracy"], -self.best["val_loss"])
+        )
+        if better:
+            self.best = row
+        return better
+
+    def epochs_since_best(self) -> int:
+        """How many epochs brought nothing better; early stopping counts these."""
+        return len(self.history) - self.best["epoch"] if self.best else 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything, as numbers."""
+        return {
+            "epoch": self.epoch,
+            "batch": self.batch,
+            "lr": self.lr,
+            "seconds": self.seconds,
+            "history": self.history,
+            "best": self.best,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state_dict()`."""
+        self.epoch, self.batch, self.lr = state["epoch"], state["batch"], state["lr"]
+        self.history, self.best = list(state["history"]), state["best"]
+        self._began = time.perf_counter() - state["seconds"]
+
+
+class RandomStates:
+    """The states of torch's generators (CPU, and CUDA or MPS where used), NumPy's and Python's."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """As tensors and numbers."""
+        _, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+        state: dict[str, Any] = {
+            "torch": torch.get_rng_state(),
+            "numpy": [torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, gauss],
+            "python": random.getstate(),
+        }
+        if torch.cuda.is_available():
+            state["cuda"] = torch.cuda.get_rng_state_all()
+        if torch.backends.mps.is_available():
+            state["mps"] = torch.mps.get_rng_state()
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state_dict()`."""
+        torch.set_rng_state(state["torch"])
+        keys, *rest = state["numpy"]
+        np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), *rest))
+        version, internal, gauss = state["python"]
+        random.setstate((version, tuple(internal), gauss))
+        if "cuda" in state and torch.cuda.device_count() == len(state["cuda"]):
+            torch.cuda.set_rng_state_all(state["cuda"])
+        if "mps" in state and torch.backends.mps.is_available():
+            torch.mps.set_rng_state(state["mps"])
+
+
+class Saver:
+    """Writes best.pt and last.pt of a run, and stops it between two steps when a signal says so.
+
+    Args:
+        directory: the run's.
+        about: what both files say of the run (configuration, classes, input shape ...).
+        parts: what last.pt keeps; "model", "tally" and "progress" are among them.
+        every_minutes: save last.pt within an epoch after so long, or None.
+        every_steps: and after so many steps, or None.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        about: dict[str, Any],
+        parts: Mapping[str, Part],
+        every_minutes: float | None,
+        every_steps: int | None,
+    ) -> None:
+        self.directory, self.about, self.parts = directory, about, parts
+        self.tally: Tally = parts["tally"]  # type: ignore[assignment]
+        self.progress: Progress = parts["progress"]  # type: ignore[assignment]
+        self.every_seconds = every_minutes * 60 if every_minutes else float("inf")
+        self.every_steps = every_steps
+        self.signal: int | None = None
+        self._saved = self._looked = time.monotonic()
+
+    def __enter__(self) -> Saver:
+        """From here on Ctrl-C and SIGTERM wait for the end of the step, then save."""
+        if threading.current_thread() is threading.main_thread():
+            self._handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in getattr(self, "_handlers", {}).items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        if self.signal is not None:  # a second time: leave at once; last.pt is whole at every moment
+            os._exit(128 + number)
+        self.signal = number
+
+    def after_step(self) -> None:
+        """Save last.pt if it is time to; leave if told to. Costs a microsecond otherwise."""
+        now = time.monotonic()
+        if self.signal is not None:
+            self._leave()
+        elif now - self._saved >= self.every_seconds or (
+            self.every_steps and self.progress.batch % self.every_steps == 0
+        ):
+            self.save_last()
+        elif now - self._looked >= 1.0:  # looking waits for the device, so not at every step
+            self.check()
+            self._looked = now
+
+    def watch(self, batches: Iterable[Item]) -> Iterator[Item]:
+        """The batches of an evaluation, which leaves between two of them when told to."""
+        for batch in batches:
+            if self.signal is not None:
+                self._leave()
+            yield batch
+
+    def _leave(self) -> None:
+        if (
+            self.progress.batch
+        ):  # between epochs last.pt is up to date (and the model may hold the best weights, for testing)
+            self.save_last()
+        number = self.signal or signal.SIGTERM
+        where = f"epoch {self.progress.epoch}, step {self.progress.batch}"
+        name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+        raise Interrupted(
+            f"stopped by {name} in {where}; continue with: python train.py resume={self.directory}", 128 + number
+        )
+
+    def check(self) -> None:
+        """Stop at a loss or a weight that is not a finite number.
+
+        Raises:
+            RunError: naming the epoch and step where it first appeared, and the last good checkpoint.
+        """
+        bad = self.tally.first_bad_step()
+        if bad is None and all(_finite(tensor) for tensor in self.parts["model"].state_dict().values()):
+            return
+        epoch, step = self.progress.epoch, self.progress.batch if bad is None else bad + 1
+        what = "the loss" if bad is not None else "a weight"
+        last = self.directory / "last.pt"
+        good = f"the last good checkpoint is {last}" if last.exists() else "no checkpoint was saved yet"
+        raise RunError(
+            f"{what} is not a finite number any more, first in epoch {epoch}, step {step}; {good}; "
+            "try a lower learning rate (optimizer.lr), or clip_grad_norm=1"
+        )
+
+    def save_last(self) -> None:
+        """Write last.pt, the one before it becomes previous.pt."""
+        self.check()
+        last = self.directory / "last.pt"
+        state = {**self.about, **{name: part.state_dict() for name, part in self.parts.items()}}
+        checkpoint.write(last, state, keep=self.directory / "previous.pt")
+        self._saved = time.monotonic()
+
+    def save_best(self) -> None:
+        """Write best.pt: the weights and what evaluation needs. Before last.pt, which says which epoch is the best."""
+        self.check()
+        state = {"model": self.parts["model"].state_dict(), "epoch": self.progress.best["epoch"]}
+        checkpoint.write(self.directory / "best.pt", {**self.about, **state, "metrics": self.progress.best})
+
+    def restore(self, changed: list[str]) -> None:
+        """Put every part where last.pt left it, or the one before it if that is damaged.
+
+        Args:
+            changed: settings that the user changed knowingly; the epoch in progress then starts anew, with them.
+
+        Raises:
+            RequestError: neither file can be used, or the data is not what the run was started with.
+        """
+        last, previous = self.directory / "last.pt", self.directory / "previous.pt"
+        if not last.exists() and not previous.exists():
+            log.info("resumed  from the beginning: nothing had been saved yet")
+            return
+        try:
+            saved = checkpoint.read(last)
+        except RequestError as error:
+            log.info(f"{error}: going on from {previous}, the one before")
+            saved = checkpoint.read(previous)
+        self._compare(saved, changed)
+        optimizer: torch.optim.Optimizer = self.parts["optimizer"]  # type: ignore[assignment]
+        asked = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+        try:
+            for name, part in self.parts.items():
+                part.load_state_dict(saved[name])
+                if name == "optimizer" and changed:  # its state_dict brings the old settings back
+                    for group, settings in zip(optimizer.param_groups, asked, strict=True):
+                        group.update(settings)
+        except (KeyError, ValueError, TypeError, RuntimeError, AttributeError, IndexError) as error:
+            raise RequestError(f"{last}: does not fit this run ({one_line(error)})") from None
+        if changed:
+            log.info(f"changed  {', '.join(changed)}; epoch {self.progress.epoch} starts anew")
+            self.progress.batch = 0
+            self.tally.reset()
+        log.info(f"resumed  in epoch {self.progress.epoch}, after {self.progress.batch} steps")
+
+    def _compare(self, saved: dict[str, Any], changed: list[str]) -> None:
+        if saved["data"] != self.about["data"] and not changed:
+            raise RequestError(
+                f"{self.directory}: the data is another than it was started with: {saved['data']} -> {self.about['data']}; "
+                "resume_changed=true goes on all the same"
+            )
+        before, now = saved["environment"], self.about["environment"]
+        other = [f"{k} {before.get(k)} -> {now[k]}" for k in now if k != "git_commit" and before.get(k) != now[k]]
+        if other:
+            log.info(f"warning  {', '.join(other)} since the run was saved: the last bits may come out differently")
+
+
+def _finite(tensor: torch.Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(tensor.isfinite().all())

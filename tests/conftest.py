@@ -1,0 +1,71 @@
+"""What the tests share: the program called as a process, or in this one to save the time that importing torch takes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from engine.config import launch
+
+ROOT = Path(__file__).resolve().parent.parent
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: models this small are slower on more threads
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a call of the program came to."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def error(self) -> str:
+        """The one line of stderr of a request that was refused."""
+        lines = self.err.strip().splitlines()
+        assert self.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), (self.code, self.err)
+        return lines[0].removeprefix("error: ")
+
+
+Call = Callable[..., Answer]
+
+
+@pytest.fixture
+def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Call:
+    """`call("train", "epochs=1")` does what `python train.py epochs=1` does in `tmp_path`, within this process."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # put back afterwards
+
+    def run(entry: str, *arguments: str) -> Answer:
+        monkeypatch.setattr(sys, "argv", [str(ROOT / f"{entry}.py"), *arguments])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as end:
+            launch(entry)
+        out, err = capfd.readouterr()
+        return Answer(int(end.value.code or 0), out, err)
+
+    return run
+
+
+@pytest.fixture
+def process(tmp_path: Path) -> Call:
+    """`process("train", "epochs=1")` runs `python train.py epochs=1` in `tmp_path`."""
+
+    def run(entry: str, *arguments: str, root: Path = ROOT, cwd: Path = tmp_path, **environment: str) -> Answer:
+        done = subprocess.run(
+            [sys.executable, root / f"{entry}.py", *arguments],
+            cwd=cwd,
+            env={**os.environ, **environment},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        return Answer(done.returncode, done.stdout, done.stderr)
+
+    return run

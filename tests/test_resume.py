@@ -1,0 +1,279 @@
+"""A run that was killed, stopped or damaged, and resumed, ends with the bits of a run that nobody disturbed."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from processes import run, start
+
+RECIPES = {
+    "mlp, momentum, dropout": ["model.dropout=0.3", "epochs=4"],
+    "mlp, Adam, warm-up": ["optimizer=adam", "scheduler.warmup_epochs=1.5", "epochs=4", "batch_size=100"],
+    "cnn, augmentation": [
+        "model=cnn",
+        "model.width=4",
+        "epochs=3",
+        "scheduler=constant",
+        "scheduler.warmup_epochs=1",
+        "dataset.train_transforms=[{RandomCrop:{size:8,padding:1}},RandomHorizontalFlip]",
+    ],
+    "cnn, AdamW, clipping, early stopping": [
+        "model=cnn",
+        "model.width=4",
+        "optimizer=adamw",
+        "epochs=4",
+        "clip_grad_norm=1",
+        "early_stopping.patience=1",
+    ],
+}
+SAVING = ["name=run", "checkpoint.every_steps=4"]
+
+
+def finish(cwd: Path) -> None:
+    """Resume the run until it is done; start it if it never got as far as a directory."""
+    command = run("train", "resume=checkpoints/run", cwd=cwd)
+    assert command.wait() == 0, command.err
+
+
+def result(cwd: Path) -> dict[str, Any]:
+    """Everything that has to be the same."""
+    directory = cwd / "checkpoints" / "run"
+    summary = json.loads((directory / "summary.json").read_text())
+    summary.pop("seconds")
+    with (directory / "metrics.csv").open() as file:
+        rows = [
+            {k: v for k, v in row.items() if k not in ("seconds", "images_per_second")} for row in csv.DictReader(file)
+        ]
+    best, last = (torch.load(directory / name, weights_only=True) for name in ("best.pt", "last.pt"))
+    return {
+        "summary": summary,
+        "rows": rows,
+        "best": best["model"],
+        "last": last["model"],
+        "optimizer": last["optimizer"],
+    }
+
+
+def same(one: Any, other: Any) -> bool:
+    """Equal to the bit, through dictionaries and lists."""
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(same, one, other))
+    return bool(one == other)
+
+
+def disturb(cwd: Path, recipe: list[str], seconds: float, kills: int, draw: random.Random) -> None:
+    """Start a run, kill it at random moments, resume it each time, and let it finish."""
+    for kill in range(kills):
+        started = (cwd / "checkpoints" / "run").exists()
+        command = start("train", *(["resume=checkpoints/run"] if started else [*recipe, *SAVING]), cwd=cwd)
+        time.sleep(draw.uniform(0, seconds))
+        command.signal(signal.SIGKILL)
+        command.wait()
+    if (cwd / "checkpoints" / "run").exists():
+        finish(cwd)
+    else:
+        assert run("train", *recipe, *SAVING, cwd=cwd).wait() == 0
+
+
+def trial(tmp_path: Path, recipe: list[str], repeats: int, seed: int) -> None:
+    began = time.monotonic()
+    whole = run("train", *recipe, *SAVING, cwd=tmp_path / "whole")
+    seconds = time.monotonic() - began
+    assert whole.wait() == 0, whole.err
+    expected = result(tmp_path / "whole")
+    draw = random.Random(seed)
+    for repeat in range(repeats):
+        cwd = tmp_path / f"disturbed{repeat}"
+        disturb(cwd, recipe, seconds, draw.randint(1, 3), draw)
+        assert same(result(cwd), expected), f"repeat {repeat} ended otherwise"
+        shutil.rmtree(cwd)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_killed_and_resumed_ends_the_same(tmp_path: Path, recipe: str) -> None:
+    trial(tmp_path, RECIPES[recipe], repeats=1, seed=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_killed_and_resumed_ends_the_same_many_times(tmp_path: Path, recipe: str, workers: int) -> None:
+    """With the four recipes and 0 and 2 workers, 56 runs; with workers the samples are read one by one."""
+    arguments = [*RECIPES[recipe], f"num_workers={workers}"]
+    if workers:
+        arguments += ["dataset.train_transforms=[{RandomAffine:{degrees:10}}]"]
+    trial(tmp_path, arguments, repeats=7, seed=2)
+
+
+def keep_every_last(keep: str) -> None:
+    """Keep a copy of the run's directory from every moment at which last.pt was written."""
+    from engine import checkpoint
+
+    write = checkpoint.write
+
+    def write_and_copy(path: Path, state: dict[str, Any], **options: Any) -> None:
+        write(path, state, **options)
+        if path.name == "last.pt":
+            shutil.copytree(path.parent, Path(keep) / f"{len(list(Path(keep).iterdir())):03}")
+
+    checkpoint.write = write_and_copy
+
+
+def test_resumed_from_every_step_ends_the_same(tmp_path: Path) -> None:
+    recipe = [
+        "epochs=2",
+        "dataset.limit=160",
+        "batch_size=32",
+        "model.dropout=0.2",
+        "name=run",
+        "checkpoint.every_steps=1",
+    ]
+    keep = tmp_path / "keep"
+    keep.mkdir()
+    whole = start("train", *recipe, cwd=tmp_path / "whole", before=keep_every_last, argument=str(keep))
+    assert whole.wait() == 0, whole.err
+    expected = result(tmp_path / "whole")
+    kept = sorted(keep.iterdir())
+    assert len(kept) == 2 * (5 + 1)  # every step, and the end of every epoch
+    for step in kept:
+        cwd = tmp_path / step.name
+        shutil.copytree(step, cwd / "checkpoints" / "run")
+        finish(cwd)
+        assert same(result(cwd), expected), f"resumed at {step.name} it ended otherwise"
+
+
+def test_resume_takes_the_file_latest_or_the_directory(tmp_path: Path) -> None:
+    assert run("train", "epochs=1", "name=run", cwd=tmp_path).wait() == 0
+    for epochs, way in enumerate(("latest", "checkpoints/run/last.pt", "checkpoints/run"), start=2):
+        command = run("train", f"resume={way}", f"epochs={epochs}", cwd=tmp_path)
+        assert command.wait() == 0, command.err
+        assert f"epoch {epochs}/{epochs}" in command.out
+    rows = (tmp_path / "checkpoints/run/metrics.csv").read_text().splitlines()
+    assert [row.split(",")[0] for row in rows] == ["epoch", "1", "2", "3", "4"]
+
+
+def test_a_change_that_ends_exactness_is_refused_with_the_list(tmp_path: Path) -> None:
+    assert run("train", "epochs=2", "name=run", "optimizer=adam", cwd=tmp_path).wait() == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "checkpoints/run").rglob("*") if path.is_file()}
+    refused = run("train", "resume=latest", "batch_size=32", "model=cnn", "optimizer.lr=0.01", cwd=tmp_path)
+    assert refused.wait() == 2
+    assert len(refused.err.splitlines()) == 1
+    for difference in ("model mlp -> cnn", "batch_size 64 -> 32", "optimizer.lr 0.001 -> 0.01", "resume_changed=true"):
+        assert difference in refused.err
+    assert before == {path: path.read_bytes() for path in (tmp_path / "checkpoints/run").rglob("*") if path.is_file()}
+    accepted = run("train", "resume=latest", "optimizer.lr=0.01", "resume_changed=true", "epochs=3", cwd=tmp_path)
+    assert accepted.wait() == 0, accepted.err
+    last = torch.load(tmp_path / "checkpoints/run/last.pt", weights_only=True)
+    assert last["config"]["optimizer"]["lr"] == 0.01
+    assert "changed  optimizer.lr 0.001 -> 0.01" in accepted.out
+
+
+def test_a_changed_thread_count_is_a_warning(tmp_path: Path) -> None:
+    assert run("train", "epochs=1", "name=run", cwd=tmp_path).wait() == 0
+    path = tmp_path / "checkpoints/run/last.pt"
+    saved = torch.load(path, weights_only=True)
+    saved["environment"]["threads"] += 6
+    torch.save(saved, path)
+    command = run("train", "resume=latest", "epochs=2", cwd=tmp_path)
+    assert command.wait() == 0
+    assert "warning  threads" in command.out
+
+
+def test_damaged_last_is_reported_and_the_one_before_used(tmp_path: Path) -> None:
+    recipe = ["epochs=2", "name=run", "checkpoint.every_steps=5"]
+    assert run("train", *recipe, cwd=tmp_path / "whole").wait() == 0
+    assert run("train", *recipe, cwd=tmp_path / "damaged").wait() == 0
+    last = tmp_path / "damaged/checkpoints/run/last.pt"
+    content = bytearray(last.read_bytes())
+    content[len(content) // 2] ^= 1
+    last.write_bytes(content)
+    command = run("train", "resume=latest", cwd=tmp_path / "damaged")
+    assert command.wait() == 0, command.err
+    assert "last.pt: not a checkpoint, or a damaged one" in command.out and "previous.pt" in command.out
+    assert same(result(tmp_path / "damaged"), result(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_says_how_to_go_on_and_leaves_nobody_behind(tmp_path: Path, number: int, code: int) -> None:
+    recipe = ["epochs=500", "name=run", "num_workers=2", "dataset.train_transforms=[{RandomAffine:{degrees:10}}]"]
+    command = start("train", *recipe, cwd=tmp_path)
+    wait_for(lambda: "epoch   1/" in command.out)
+    command.signal(number)
+    began = time.monotonic()
+    assert command.wait(timeout=20) == code
+    print(f"left after {time.monotonic() - began:.2f} s")
+    assert command.err.count("\n") == 1, command.err
+    assert "resume=checkpoints/run" in command.err
+    with pytest.raises(ProcessLookupError):
+        os.killpg(command.pid, 0)
+    saved = torch.load(tmp_path / "checkpoints/run/last.pt", weights_only=True)
+    assert f"epoch {saved['progress']['epoch']}, step {saved['progress']['batch']}" in command.err
+
+
+def wait_for(condition: Any, timeout: float = 60) -> None:
+    end = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < end, "it did not come"
+        time.sleep(0.02)
+
+
+def test_a_second_process_is_kept_out_and_told_by_whom(tmp_path: Path) -> None:
+    command = start("train", "epochs=5000", "name=run", cwd=tmp_path / "one")
+    wait_for(lambda: "epoch    1/" in command.out)
+    (tmp_path / "two").mkdir()
+    (tmp_path / "two/checkpoints").symlink_to(tmp_path / "one/checkpoints")
+    second = run("train", "resume=checkpoints/run", cwd=tmp_path / "two")
+    assert second.wait() == 2
+    assert f"in use by pid {command.pid} on " in second.err
+    command.signal(signal.SIGKILL)
+    command.wait()
+    third = run("train", "resume=checkpoints/run", "epochs=1", cwd=tmp_path / "two")
+    assert third.wait() == 0, third.err  # the lock of a process that is gone holds nobody up
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_is_never_saved(tmp_path: Path) -> None:
+    command = run("train", "epochs=9", "name=run", "optimizer.lr=1e8", "checkpoint.every_steps=1", cwd=tmp_path)
+    assert command.wait() == 1
+    assert command.err.count("\n") == 1
+    assert "not a finite number any more, first in epoch 1, step" in command.err and "last.pt" in command.err
+    saved = torch.load(tmp_path / "checkpoints/run/last.pt", weights_only=True)
+    assert all(tensor.isfinite().all() for tensor in saved["model"].values())
+    assert not (tmp_path / "checkpoints/run/best.pt").exists()
+
+
+def fill_disk_after(size: str) -> None:
+    """Let no file grow beyond `size` bytes, as on a disk that is full."""
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(size), int(size)))
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(tmp_path: Path) -> None:
+    assert run("train", "epochs=1", "name=run", cwd=tmp_path).wait() == 0
+    last = tmp_path / "checkpoints/run/last.pt"
+    before = last.read_bytes()
+    command = start("train", "resume=latest", "epochs=2", cwd=tmp_path, before=fill_disk_after, argument="100000")
+    assert command.wait() == 1
+    assert command.err.count("\n") == 1 and "cannot be written" in command.err, command.err
+    assert last.read_bytes() == before
+    assert not list((tmp_path / "checkpoints/run").glob(".*.pt.*"))
+
+
+def test_same_seed_same_bits(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        assert run("train", "epochs=2", "name=run", "model=cnn", "deterministic=true", cwd=tmp_path / name).wait() == 0
+    assert same(result(tmp_path / "one"), result(tmp_path / "two"))

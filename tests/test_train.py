@@ -1,0 +1,185 @@
+"""train.py: the main job on real data, what it leaves in its run directory, and that one seed gives the same bits."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, Call
+
+from engine import checkpoint
+from engine.config import group_options
+
+
+def weights(file: Path) -> dict[str, torch.Tensor]:
+    return torch.load(file, weights_only=True)["model"]
+
+
+def test_the_bundled_digits_from_another_folder(process: Call, tmp_path: Path) -> None:
+    """`python train.py` as a user runs it, and everything it leaves behind."""
+    began = time.perf_counter()
+    answer = process("train")
+    assert answer.code == 0 and answer.err == "", answer.err
+    assert time.perf_counter() - began < 20
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoints"]
+
+    (run,) = (p for p in (tmp_path / "checkpoints").iterdir() if not p.is_symlink())
+    assert re.fullmatch(r"[A-Za-z0-9._-]+", run.name)  # safe to paste unquoted
+    assert run.name.endswith("_mlp_digits")
+    latest = tmp_path / "checkpoints" / "latest"
+    assert latest.resolve() == run.resolve()
+    made = {p.name for p in run.iterdir()}
+    assert made >= {"best.pt", "last.pt", "metrics.csv", "summary.json", "train.log", ".hydra"}
+    assert {p.name for p in (run / ".hydra").iterdir()} == {"config.yaml", "hydra.yaml", "overrides.yaml"}
+
+    # The terminal: a summary first, one plain line an epoch, the test figures and how to get them again.
+    lines = answer.out.splitlines()
+    for what in (r"model +mlp, 301,066 parameters", r"data +digits, .*1x8x8, 10 classes", r"device +\w+", r"run +\S+"):
+        assert any(re.match(what, line) for line in lines[:5]), what
+    assert sum(line.startswith("epoch") for line in lines) == 20
+    assert "\r" not in answer.out
+    assert f"python evaluate.py checkpoint=checkpoints/{run.name}/best.pt" in lines[-1]
+
+    # summary.json and metrics.csv.
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["test_accuracy"] > 0.95
+    assert f"accuracy {summary['test_accuracy']:.2%}" in answer.out
+    assert {"test_loss", "best_epoch", "device", "git_commit", "torch", "python"} <= set(summary)
+    rows = list(csv.DictReader((run / "metrics.csv").open()))
+    columns = "epoch train_loss train_accuracy val_loss val_accuracy lr seconds images_per_second"
+    assert list(rows[0]) == columns.split()
+    assert [int(row["epoch"]) for row in rows] == list(range(1, 21))
+    assert float(rows[0]["lr"]) == 0.05 and float(rows[-1]["lr"]) < 0.001  # half a cosine
+    accuracies = [float(row["val_accuracy"]) for row in rows]
+    assert accuracies[summary["best_epoch"] - 1] == max(accuracies)
+
+    # train.log has the printed model with its parameter shapes; the checkpoint is data, with a plain state_dict.
+    log = (run / "train.log").read_text()
+    assert "Linear(in_features=64, out_features=512" in log and "linear_relu_stack.0.weight [512, 64]" in log
+    assert torch.load(run / "best.pt", weights_only=True)["epoch"] == summary["best_epoch"]
+    assert weights(run / "last.pt")["linear_relu_stack.0.weight"].shape == (512, 64)
+
+
+def test_eight_runs_started_at_once_have_eight_directories(tmp_path: Path) -> None:
+    arguments = [sys.executable, ROOT / "train.py", "debug=fast", "device=cpu"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    started = [
+        subprocess.Popen(arguments, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        for _ in range(8)
+    ]
+    for run in started:
+        assert run.communicate()[1] == b"" and run.returncode == 0
+    directories = [p for p in (tmp_path / "checkpoints").iterdir() if not p.is_symlink()]
+    assert len(directories) == 8
+    for directory in directories:
+        assert {"best.pt", "last.pt", "metrics.csv", "summary.json"} <= {p.name for p in directory.iterdir()}
+        assert len(list(csv.DictReader((directory / "metrics.csv").open()))) == 1
+    assert (tmp_path / "checkpoints" / "latest").resolve() in [d.resolve() for d in directories]
+
+
+def test_a_run_can_be_named_once(call: Call, tmp_path: Path) -> None:
+    assert call("train", "debug=fast", "name=first").code == 0
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "checkpoints").rglob("*")}
+    assert "checkpoints/first" in call("train", "debug=fast", "name=first").error
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "checkpoints").rglob("*")} == before
+    for name in ("a/b", "'a b'", "..", "latest", "'a=b'", "-x", "'a[1]'"):
+        assert "expected letters" in call("train", "debug=fast", f"name={name}").error
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "checkpoints").rglob("*")} == before
+
+
+@pytest.mark.parametrize("model", group_options()["model"])
+def test_debug_fast_takes_one_batch_of_each_phase(call: Call, tmp_path: Path, model: str) -> None:
+    answer = call("train", "debug=fast", f"model={model}", "name=fast")
+    assert answer.code == 0, answer.err
+    rows = list(csv.DictReader((tmp_path / "checkpoints/fast/metrics.csv").open()))
+    assert len(rows) == 1
+    again = call("evaluate")
+    accuracy = re.search(r"accuracy [\d.]+%, loss [\d.]+", answer.out.partition("test ")[2])
+    assert accuracy and accuracy[0] in again.out and " 64 samples" in again.out
+
+
+@pytest.mark.parametrize("model", ["mlp", "cnn"])
+def test_debug_overfit_learns_a_handful_of_samples_by_heart(call: Call, tmp_path: Path, model: str) -> None:
+    assert call("train", "debug=overfit", f"model={model}", "name=overfit").code == 0
+    rows = list(csv.DictReader((tmp_path / "checkpoints/overfit/metrics.csv").open()))
+    assert float(rows[-1]["train_accuracy"]) == 1.0
+    assert rows[-1]["val_accuracy"] == ""  # no validation part; the last epoch counts as the best
+
+
+def test_the_same_seed_gives_the_same_bits(call: Call, tmp_path: Path) -> None:
+    common = ("epochs=2", "dataset.limit=300", "model.dropout=0.2", "device=cpu")
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        torch.rand(7)  # what was drawn before does not matter
+        assert call("train", *common, f"seed={seed}", f"name={name}").code == 0
+    a, b, c = (weights(tmp_path / "checkpoints" / name / "last.pt") for name in "abc")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert not any(torch.equal(a[name], c[name]) for name in a)
+
+
+@pytest.mark.parametrize("optimizer", group_options()["optimizer"])
+@pytest.mark.parametrize("scheduler", group_options()["scheduler"])
+def test_every_optimizer_with_every_schedule(call: Call, tmp_path: Path, optimizer: str, scheduler: str) -> None:
+    arguments = ("epochs=3", "dataset.limit=128", "model.hidden=[8]", "name=run", "scheduler.warmup_epochs=1")
+    answer = call("train", *arguments, f"optimizer={optimizer}", f"scheduler={scheduler}", "optimizer.lr=0.01")
+    assert answer.code == 0, answer.err
+    rates = [float(r["lr"]) for r in csv.DictReader((tmp_path / "checkpoints/run/metrics.csv").open())]
+    assert rates[0] < rates[1] == 0.01  # warm-up takes the first epoch
+    assert rates[2] == 0.01 if scheduler == "constant" else rates[2] < 0.01
+
+
+def test_main_returns_the_validation_accuracy(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sweepers read it."""
+    import train
+
+    returned = []
+    real = train.main
+    monkeypatch.setattr(train, "main", lambda config: returned.append(real(config)) or returned[-1])
+    assert call("train", "epochs=2", "dataset.limit=200", "name=run").code == 0
+    rows = list(csv.DictReader((tmp_path / "checkpoints/run/metrics.csv").open()))
+    assert returned == [pytest.approx(max(float(row["val_accuracy"]) for row in rows), abs=1e-6)]
+
+
+def test_a_multirun_makes_one_directory_a_run(call: Call, tmp_path: Path) -> None:
+    answer = call("train", "-m", "debug=fast", "model.hidden=[8]", "seed=0,1,2")
+    assert answer.code == 0, answer.err
+    files = sorted((tmp_path / "checkpoints").rglob("best.pt"))
+    files = [file for file in files if "latest" not in file.parts]
+    assert len(files) == 3
+    assert sorted(checkpoint.read(file)["config"]["seed"] for file in files) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["device=cuda:77"], "device=cuda:77"),
+        (["device=toaster"], "device=toaster"),
+        (["dataset.train_transforms=[Normalise]"], "'Normalise' (did you mean Normalize?)"),
+        (["optimizer.nesterov=true", "optimizer.momentum=0"], "Nesterov momentum requires a momentum"),
+        (["optimizer._target_=torch.optim.SDG"], "torch.optim has no 'SDG' (did you mean SGD?)"),
+        (["drop_last=true", "batch_size=9999"], "1299 training samples, batch_size=9999"),
+    ],
+)
+def test_what_only_torch_can_tell_is_told_before_anything_is_made(
+    call: Call, tmp_path: Path, arguments: list[str], said: str
+) -> None:
+    assert said in call("train", *arguments).error
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_cuda_where_there_is_none(call: Call) -> None:
+    assert call("train", "device=cuda").error.startswith("device=cuda: not on this machine; there is ")
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="needs POSIX permissions")
+def test_runs_cannot_be_made_here(call: Call, tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").write_text("a file where the folder should be")
+    assert str(tmp_path / "checkpoints") in call("train", "debug=fast").error
