@@ -131,7 +131,8 @@ def start(config: DictConfig, check: Callable[[DictConfig], Any]) -> None:
     (directory / "sweep.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
     _started = Sweep(directory, len(_journal(directory)))
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (_root(), os.environ.get("PYTHONPATH"))))
+    paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path and path != _root()]
+    os.environ["PYTHONPATH"] = os.pathsep.join([_root(), *paths])  # jobs in processes of their own import from there
     signal.signal(signal.SIGTERM, _terminate)  # so that launchers take their processes down with them
     if "submitit" in str(config.hydra.launcher._target_):
         threading.Thread(target=_tell_news, args=(_started,), daemon=True).start()

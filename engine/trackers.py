@@ -179,11 +179,10 @@ class TensorBoard:
 
     def finish(self, summary: dict[str, Any] | None, pictures: list[Path]) -> None:
         """The pictures, and the hyperparameters with what came out."""
-        if pictures:
-            from torchvision.io import ImageReadMode, read_image
+        for file in pictures:
+            from matplotlib.image import imread
 
-            for file in pictures:
-                self.writer.add_image(file.stem, read_image(str(file), ImageReadMode.RGB), self.last_epoch)
+            self.writer.add_image(file.stem, imread(file)[..., :3], self.last_epoch, dataformats="HWC")
         if summary is not None:
             results = {f"result/{name}": value for name, value in _results(summary).items()}
             self.writer.add_hparams(self.hyperparameters, results, run_name=".", global_step=self.last_epoch)
