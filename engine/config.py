@@ -148,7 +148,7 @@ def read_settings(
                             name = parent.partition("@")[0]
                             name = name[1:] if name.startswith("/") else f"{group}/{name}".lstrip("/")
                             settings.update(read_settings(_find(directories, name), prefix, directories, group))
-            elif isinstance(value, yaml.MappingNode) and value.value:
+            elif isinstance(value, yaml.MappingNode):
                 walk(value, values[key.value], name + ".")
             else:
                 comment = lines[key.start_mark.line][key.end_mark.column :].partition(" #")[2].strip()
@@ -318,6 +318,8 @@ def launch(entry: str) -> NoReturn:
         print("error: interrupted", file=sys.stderr)
         exit_code = 130
     except SystemExit as end:  # a run of its own that failed, or the end of an interrupted sweep
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
         exit_code = end.code if isinstance(end.code, int) else int(end.code is not None)
     except Exception as error:
         exit_code = _told(error, arguments, entry)
