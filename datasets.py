@@ -8,14 +8,23 @@ validation part, `limit`, transforms, batches) is done elsewhere: adding one is 
 
 from __future__ import annotations
 
+from engine.config import launch
+
+if __name__ == "__main__":
+    launch("datasets")  # answers help, completion and typos, and only then imports torch and calls main() below
+
 import csv
 import gzip
 import math
 import os
 import pickle
+import shutil
+import socket
+import tempfile
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +59,13 @@ class ImageData:
     test: Part
     classes: Sequence[str]
     sampler: Callable[[Tensor], Iterable[int]] | None = None
+
+
+def main(config: dict[str, Any]) -> None:
+    """Show a data set: `python datasets.py dataset=fashion_mnist`."""
+    from engine.samples import show  # it imports the loader, which imports this module
+
+    show(config)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -211,19 +227,34 @@ def _read_pickle(path: Path) -> dict[str, Any]:
 
 
 def _download(name: str, root: str, layout: str) -> None:
-    """Fetch a data set with torchvision, which shows a progress bar and checks what arrives."""
+    """Fetch a data set with torchvision, which shows a progress bar and checks what arrives.
+
+    It arrives in a folder of its own and is moved to `root` once it is whole: a download that fails leaves nothing.
+    """
     from torchvision import datasets as torchvision_datasets  # takes a second to import, and is rarely needed
 
     fetch: Callable[..., Any] = getattr(torchvision_datasets, name)
     tried = ", ".join(getattr(fetch, "mirrors", None) or [getattr(fetch, "url", "its host")])
     print(f"{name} is not in {root!r}: downloading it from {tried}", flush=True)
+    made = [folder for folder in (Path(root), *Path(root).parents) if not folder.exists()]
+    patience = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(30)  # seconds without an answer; the default is to wait for ever
     try:
-        fetch(root, download=True)
+        Path(root).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=root, prefix=".download-") as arriving:
+            fetch(arriving, download=True)
+            shutil.copytree(arriving, root, dirs_exist_ok=True, copy_function=os.replace)
     except (OSError, RuntimeError) as error:
+        cause = one_line(error, 2000).rpartition("got: ")[2]
         raise RequestError(
-            f"{name} is not there and cannot be downloaded (tried {tried}: {one_line(error, 120)}); "
+            f"{name} is not there and cannot be downloaded (tried {tried}: {cause}); "
             f"put the files into {layout}, set dataset.root, or take dataset=digits, which needs nothing"
         ) from None
+    finally:
+        socket.setdefaulttimeout(patience)
+        for folder in made:
+            with suppress(OSError):  # not empty: the data is there
+                folder.rmdir()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -437,11 +468,11 @@ def csv_images(
         max_pixels: width times height allowed.
     """
     rows = _read_annotations(annotations_file, img_dir)
-    numbers = all(label.isdecimal() for _, _, label in rows) and not (classes and rows[0][2] in map(str, classes))
+    numbers = all(_is_number(label) for _, _, label in rows) and not (classes and rows[0][2] in map(str, classes))
     if classes:
         names = [str(name) for name in classes]
     elif numbers:
-        names = list(map(str, range(1 + min(10**6, max(int(label) for _, _, label in rows)))))
+        names = [str(n) for n in range(1 + min(10**6, max(int(label) for _, _, label in rows)))]
     else:
         names = sorted({label for _, _, label in rows})
     present = set(_labels_of(rows, names, numbers, annotations_file))
@@ -493,11 +524,15 @@ def _read_annotations(file: str, img_dir: str) -> list[tuple[int, str, str]]:
     return rows
 
 
+def _is_number(text: str) -> bool:
+    return text.removeprefix("-").isdecimal()
+
+
 def _labels_of(rows: list[tuple[int, str, str]], names: list[str], numbers: bool, file: str) -> list[int]:
     place = {name: label for label, name in enumerate(names)}
     labels = []
     for number, _, text in rows:
-        label = (int(text) if text.isdecimal() else -1) if numbers else place.get(text, -1)
+        label = (int(text) if _is_number(text) else -1) if numbers else place.get(text, -1)
         if not 0 <= label < len(names):
             some = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
             expected = f"0 to {len(names) - 1}" if numbers else f"one of {some}"

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from engine import checkpoint, runs
-from engine.config import build, check_value, known_settings
+from engine.config import CONFIGS, build, check_value, known_settings, read_settings
 from engine.errors import RequestError
 from engine.loader import Batches, choose_device, load_splits
 from engine.metrics import accuracy, evaluate, per_class
@@ -78,6 +78,9 @@ def settings_for(saved: dict[str, Any], config: dict[str, Any], path: Path) -> d
         own = {"batch_size": 64, "seed": 0, "limit_batches": None}
         return {**config, **own, "batch_size": config["batch_size"] or 64, "own_dataset": True}
     own = saved["config"]
+    for key, setting in read_settings(CONFIGS / "train.yaml").items():
+        if key in ("batch_size", "seed", "limit_batches"):
+            check_value(key, own.get(key), {key: setting})
     if config.get("model"):
         raise RequestError(f"model={config['choices']['model']}: {path} names its own model; leave model= out")
     choices = dict(own["choices"])
@@ -91,7 +94,7 @@ def settings_for(saved: dict[str, Any], config: dict[str, Any], path: Path) -> d
             check_value(f"dataset.{key}", value, known)
     return {
         **config,
-        "dataset": dataset,
+        "dataset": {**dataset, "target_transform": None},  # of training labels, and a name that would be imported
         "own_dataset": bool(config["choices"].get("dataset")),  # named here, not by the checkpoint
         "choices": choices,
         "batch_size": config["batch_size"] or own["batch_size"],

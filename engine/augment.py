@@ -246,7 +246,7 @@ class RandomCrop:
         if fill.numel() == 1:
             return torch.nn.functional.pad(images, [self.left, self.right, self.top, self.bottom], value=float(fill))
         shape = (*images.shape[:2], self.top + height + self.bottom, self.left + width + self.right)
-        padded = fill.to(images.device, images.dtype).expand(shape).contiguous()
+        padded = fill.to(images.device, images.dtype).view(1, -1, 1, 1).expand(shape).contiguous()
         padded[:, :, self.top : self.top + height, self.left : self.left + width] = images
         return padded
 
@@ -620,7 +620,8 @@ def per_image(name: str, arguments: dict[str, Any]) -> PerImage | None:
         if key == "interpolation" and isinstance(value, str):
             return InterpolationMode(value)
         if isinstance(value, str) and value.startswith("torch."):
-            return getattr(torch, value.removeprefix("torch."))
+            found = getattr(torch, value.removeprefix("torch."), None)
+            return found if isinstance(found, torch.dtype) else value  # a type; a function stays text
         return value
 
     def nested(entry: Any) -> Any:

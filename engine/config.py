@@ -148,7 +148,7 @@ def read_settings(
                             name = parent.partition("@")[0]
                             name = name[1:] if name.startswith("/") else f"{group}/{name}".lstrip("/")
                             settings.update(read_settings(_find(directories, name), prefix, directories, group))
-            elif isinstance(value, yaml.MappingNode):
+            elif isinstance(value, yaml.MappingNode) and value.value:
                 walk(value, values[key.value], name + ".")
             else:
                 comment = lines[key.start_mark.line][key.end_mark.column :].partition(" #")[2].strip()

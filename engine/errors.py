@@ -32,7 +32,7 @@ def one_line(error: BaseException, limit: int = 300) -> str:
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """` (did you mean x or y?)` with the nearest of `known`, or an empty string when nothing is near."""
-    known = list(known)
+    known = list(dict.fromkeys(known))
     near = difflib.get_close_matches(name, known, n=2, cutoff=0.75)
     last = name.rpartition(".")[2]  # `lr` stands for `optimizer.lr`
     near += [k for k in known if k.rpartition(".")[2] == last and k not in near][:2]

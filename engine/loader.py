@@ -128,7 +128,10 @@ def load_splits(
     if count is None:
         splits["train"] = Split(data.train, None, len(classes), limit)
     else:
-        held_out = _stratified(_labels(data.train), count, settings["val_fraction"])
+        labels = _labels(data.train)
+        if labels is None and settings["val_fraction"]:
+            print(f"{type(data.train).__name__} has no .targets: validation is held out at random, not class by class")
+        held_out = _stratified(labels, count, settings["val_fraction"])
         splits["train"] = Split(data.train, (~held_out).nonzero().flatten()[:limit], len(classes))
         if held_out.any():
             splits["val"] = Split(data.train, held_out.nonzero().flatten()[:limit], len(classes))
@@ -234,27 +237,29 @@ def fingerprint(splits: dict[str, Split]) -> str:
 
 
 def _check_part(part: Any, name: str, classes: list[str]) -> None:
-    if not isinstance(part, tuple):
+    """Refuse samples in memory of another type or shape, and labels outside the classes, where they are known."""
+    if isinstance(part, tuple):
+        images, labels = part
+        sizes = labels.shape == images.shape[:1]
+        if images.dtype != torch.uint8 or images.ndim != 4 or labels.dtype != torch.int64 or not sizes:
+            found = f"{images.dtype} {list(images.shape)} and {labels.dtype} {list(labels.shape)}"
+            raise RequestError(
+                f"dataset: {name} images and labels are {found}; "
+                "expected torch.uint8 [n, channels, height, width] and torch.int64 [n]"
+            )
+    elif not hasattr(part, "__getitem__") and not isinstance(part, IterableDataset):
+        found = type(part).__name__
+        raise RequestError(f"dataset: {name} is {found}; expected (images, labels) or a torch.utils.data.Dataset")
+    if _count(part) == 0:
+        raise RequestError(f"dataset: the {name} split is empty (0 samples); add images")
+    known = _labels(part)
+    if known is None:
         return
-    images, labels = part
-    if (
-        images.dtype != torch.uint8
-        or images.ndim != 4
-        or labels.dtype != torch.int64
-        or labels.shape != images.shape[:1]
-    ):
-        found = f"{images.dtype} {list(images.shape)} and {labels.dtype} {list(labels.shape)}"
-        raise RequestError(
-            f"dataset: {name} images and labels are {found}; "
-            "expected torch.uint8 [n, channels, height, width] and torch.int64 [n]"
-        )
-    if len(labels) == 0:
-        raise RequestError(f"dataset: the {name} split is empty")
-    outside = ((labels < 0) | (labels >= len(classes))).nonzero()
+    outside = ((known < 0) | (known >= len(classes))).nonzero()
     if len(outside):
         row = int(outside[0])
         raise RequestError(
-            f"dataset: {name} sample {row} has label {int(labels[row])}; expected 0 to {len(classes) - 1}, "
+            f"dataset: {name} sample {row} has label {int(known[row])}; expected 0 to {len(classes) - 1}, "
             f"as there are {len(classes)} classes"
         )
 
@@ -266,9 +271,12 @@ def _count(part: Any) -> int | None:
 
 
 def _labels(part: Any) -> Tensor | None:
-    """All labels, where they can be had without reading the samples."""
+    """All labels, int64 `[n]`, where they can be had without reading the samples."""
     labels = part[1] if isinstance(part, tuple) else getattr(part, "targets", None)
-    return None if labels is None else torch.as_tensor(labels)
+    if labels is None or isinstance(part, IterableDataset):
+        return None
+    known = torch.as_tensor(labels)
+    return known.long() if known.ndim == 1 and not known.is_floating_point() and len(known) == _count(part) else None
 
 
 def _stratified(labels: Tensor | None, count: int, fraction: float) -> Tensor:
@@ -458,6 +466,8 @@ class Batches:
         Raises:
             RunError: samples that cannot be read, or do not fit together.
         """
+        if start and start >= len(self):
+            return  # resumed where the last batch was done
         target_transform = self.split.target_transform if self.training else None
         first = start * self.batch_size
         order = None if self._stream is not None else self.order(epoch)[first : len(self) * self.batch_size]

@@ -7,6 +7,7 @@ import signal
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing.util import Finalize
 from typing import Any
 
 import numpy as np
@@ -247,6 +248,8 @@ class Workers:
                     worker_init_fn=_start_worker,
                     generator=torch.Generator().manual_seed(0),  # or it would draw from the run's own
                 )
+            # Workers heed no signal, so at the end multiprocessing would wait for them for ever: they are told before.
+            Finalize(self, _dismiss, args=(self.loader,), exitpriority=100)
 
     def read(self, epoch: int, batches: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
         """The batches of these indices, in their order.
@@ -274,6 +277,12 @@ class Workers:
             if "Caught " in str(error):  # raised by the user's own Dataset; its traceback is in the text
                 raise
             raise RunError(_shared_memory(one_line(error, 160))) from None
+
+
+def _dismiss(loader: DataLoader) -> None:
+    """End the workers of a loader, also in the middle of an epoch."""
+    if loader._iterator is not None:
+        loader._iterator._shutdown_workers()  # type: ignore[attr-defined]
 
 
 class Stream:

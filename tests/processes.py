@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import sys
@@ -42,10 +43,8 @@ class Command:
 
     def signal(self, number: int) -> None:
         """Send a signal to the process and its workers, as a terminal's Ctrl-C does."""
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, number)
-        except ProcessLookupError:
-            pass
 
     def wait(self, timeout: float = 120) -> int:
         """The exit code; negative for a signal."""
@@ -77,6 +76,7 @@ def run(entry: str, *arguments: str, cwd: Path) -> Command:
 def _main(
     entry: str, arguments: tuple[str, ...], cwd: str, before: Callable[[str], None] | None, argument: str
 ) -> None:
+    multiprocessing.set_start_method("fork", force=True)  # as in a program started from a shell
     os.setsid()
     os.chdir(cwd)
     for number, name in ((1, ".out"), (2, ".err")):

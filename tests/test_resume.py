@@ -77,7 +77,7 @@ def same(one: Any, other: Any) -> bool:
 
 def disturb(cwd: Path, recipe: list[str], seconds: float, kills: int, draw: random.Random) -> None:
     """Start a run, kill it at random moments, resume it each time, and let it finish."""
-    for kill in range(kills):
+    for _ in range(kills):
         started = (cwd / "checkpoints" / "run").exists()
         command = start("train", *(["resume=checkpoints/run"] if started else [*recipe, *SAVING]), cwd=cwd)
         time.sleep(draw.uniform(0, seconds))

@@ -6,14 +6,14 @@ import csv
 import json
 import os
 import re
-import subprocess
-import sys
 import time
+import urllib.error
 from pathlib import Path
 
+import processes
 import pytest
 import torch
-from conftest import ROOT, Call
+from conftest import Call
 
 from engine import checkpoint
 from engine.config import group_options
@@ -68,21 +68,43 @@ def test_the_bundled_digits_from_another_folder(process: Call, tmp_path: Path) -
     assert weights(run / "last.pt")["linear_relu_stack.0.weight"].shape == (512, 64)
 
 
+def meet(folder: str) -> None:
+    """Go to `folder` and wait there for the starting signal."""
+    os.chdir(folder)
+    while not Path("go").exists():
+        time.sleep(0.001)
+
+
 def test_eight_runs_started_at_once_have_eight_directories(tmp_path: Path) -> None:
-    arguments = [sys.executable, ROOT / "train.py", "debug=fast", "device=cpu"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    arguments = ("debug=fast", "device=cpu")
     started = [
-        subprocess.Popen(arguments, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        for _ in range(8)
+        processes.start("train", *arguments, cwd=tmp_path / f"output-{i}", before=meet, argument=str(tmp_path))
+        for i in range(8)
     ]
+    (tmp_path / "go").touch()
     for run in started:
-        assert run.communicate()[1] == b"" and run.returncode == 0
+        assert run.wait() == 0 and run.err == "", run.err
     directories = [p for p in (tmp_path / "checkpoints").iterdir() if not p.is_symlink()]
     assert len(directories) == 8
     for directory in directories:
         assert {"best.pt", "last.pt", "metrics.csv", "summary.json"} <= {p.name for p in directory.iterdir()}
         assert len(list(csv.DictReader((directory / "metrics.csv").open()))) == 1
     assert (tmp_path / "checkpoints" / "latest").resolve() in [d.resolve() for d in directories]
+
+
+def test_data_that_is_neither_there_nor_downloadable(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_network(*_arguments: object, **_named: object) -> None:
+        raise urllib.error.URLError("no route to host")
+
+    monkeypatch.setattr("urllib.request.urlopen", no_network)
+    for dataset, layout in (("mnist", "MNIST/raw"), ("kmnist", "KMNIST/raw"), ("cifar10", "cifar-10-batches-py")):
+        answer = call("train", f"dataset={dataset}", "dataset.root=here/data")
+        assert f"here/data/{layout}/ with " in answer.error  # which folder and layout would be used
+        assert "tried http" in answer.error and "no route to host" in answer.error  # what was tried
+        assert "dataset=digits, which needs nothing" in answer.error
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_a_run_can_be_named_once(call: Call, tmp_path: Path) -> None:

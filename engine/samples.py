@@ -1,0 +1,126 @@
+"""What training sees of a data set: a picture of samples, counts per class, mean and deviation per channel."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.augment import Normalize
+from engine.errors import RunError, one_line
+from engine.loader import Batches, Split, load_splits, parse_transforms
+from engine.metrics import class_of
+
+BATCH = 256  # samples read at once for the statistics
+
+
+def show(config: dict[str, Any]) -> None:
+    """Write the picture and print the statistics.
+
+    Args:
+        config: dataset, images, epoch, seed, num_workers and output, as in configs/datasets.yaml.
+
+    Raises:
+        RequestError: the data set cannot be read.
+        RunError: the picture cannot be written.
+    """
+    settings = config["dataset"]
+    splits, classes = load_splits(settings)
+    common = {**config, "shuffle": True, "drop_last": False, "limit_batches": None}
+    device = torch.device("cpu")
+
+    shown = Batches(
+        splits["train"], settings["train_transforms"], {**common, "batch_size": config["images"]}, device, training=True
+    )
+    shape = shown.sample_shape()
+    images, labels = next(iter(shown.epoch(config["epoch"])))
+    images = without_normalization(images, parse_transforms(settings["train_transforms"], "dataset.train_transforms"))
+    draw(images, [classes[i] for i in class_of(labels).tolist()], Path(config["output"]))
+
+    plain = [entry for entry in settings["eval_transforms"] if not (isinstance(entry, dict) and "Normalize" in entry)]
+    read = Batches(splits["train"], plain, {**common, "batch_size": BATCH, "shuffle": False}, device, training=True)
+    counts, mean, std = statistics(read, len(classes))
+    size = "x".join(map(str, shape))
+    print(f"{len(images)} training samples, {size}, augmented as in epoch {config['epoch']}: {config['output']}\n")
+    print(table(classes, counts, {name: split for name, split in splits.items() if name != "train"}))
+    print("\nmean and standard deviation of the training images, for train_transforms and eval_transforms:")
+    print(f"  - Normalize: {{mean: [{listed(mean)}], std: [{listed(std)}]}}")
+
+
+def without_normalization(images: Tensor, transforms: Sequence[Any]) -> Tensor:
+    """Images as they were before Normalize, clipped to 0 to 1, for looking at."""
+    for transform in transforms:
+        if isinstance(transform, Normalize):
+            images = images * transform.std + transform.mean
+    return images.clamp(0, 1)
+
+
+def statistics(batches: Batches, num_classes: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Samples of each class `[num_classes]`, and mean and standard deviation `[channels]` over all pixels, 0 to 1."""
+    counts = torch.zeros(num_classes, dtype=torch.int64)
+    total = squares = torch.zeros((), dtype=torch.float64)
+    pixels = 0
+    for images, labels in batches.epoch(1):
+        counts += class_of(labels).bincount(minlength=num_classes)
+        values = images.double()
+        total = total + values.sum((0, 2, 3))
+        squares = squares + values.square().sum((0, 2, 3))
+        pixels += images.shape[0] * images.shape[2] * images.shape[3]
+    mean = total / pixels
+    return counts, mean, (squares / pixels - mean.square()).clamp(min=0).sqrt()
+
+
+def table(classes: Sequence[str], train: Tensor, others: dict[str, Split]) -> str:
+    """Samples of every class in every split; a dash where only reading all samples would tell."""
+    columns = {"train": train.tolist(), **{name: _counts(split, len(classes)) for name, split in others.items()}}
+    width = max(5, *(len(name) for name in classes))
+    lines = [f"{'class':<{width}}" + "".join(f"{name:>9}" for name in columns)]
+    for label, name in enumerate(classes):
+        cells = ["-" if counts is None else f"{counts[label]:,}" for counts in columns.values()]
+        lines.append(f"{name:<{width}}" + "".join(f"{cell:>9}" for cell in cells))
+    sums = ["-" if counts is None else f"{sum(counts):,}" for counts in columns.values()]
+    return "\n".join([*lines, f"{'all':<{width}}" + "".join(f"{cell:>9}" for cell in sums)])
+
+
+def _counts(split: Split, num_classes: int) -> list[int] | None:
+    labels = split.part[1] if isinstance(split.part, tuple) else getattr(split.part, "targets", None)
+    if labels is None or split.indices is None:
+        return None
+    return torch.as_tensor(labels)[split.indices].bincount(minlength=num_classes).tolist()
+
+
+def listed(values: Tensor) -> str:
+    """Four decimals each, as in a YAML list."""
+    return ", ".join(f"{value:.4f}" for value in values.tolist())
+
+
+def draw(images: Tensor, titles: Sequence[str], path: Path) -> None:
+    """Write images `[n, channels, height, width]`, 0 to 1, as a grid, each with its title.
+
+    Raises:
+        RunError: the file cannot be written.
+    """
+    from matplotlib.figure import Figure  # half a second to import, and only needed here
+
+    columns = math.ceil(math.sqrt(len(images)))
+    rows = math.ceil(len(images) / columns)
+    figure = Figure(figsize=(1.3 * columns, 1.5 * rows), dpi=100, layout="constrained")
+    for axes, number in zip(figure.subplots(rows, columns, squeeze=False).flat, range(rows * columns), strict=True):
+        axes.axis("off")
+        if number >= len(images):
+            continue
+        image = images[number].permute(1, 2, 0)
+        grey = image.shape[2] != 3
+        axes.imshow(image[:, :, 0] if grey else image, cmap="gray" if grey else None, vmin=0, vmax=1)
+        title = titles[number]
+        axes.set_title(
+            title if len(title) <= 16 else title[:15] + "\N{HORIZONTAL ELLIPSIS}", fontsize=8, parse_math=False
+        )
+    try:
+        figure.savefig(path)
+    except (OSError, ValueError) as error:
+        raise RunError(f"output={path}: cannot be written ({one_line(error, 120)})") from None

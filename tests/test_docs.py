@@ -1,0 +1,81 @@
+"""README.md: its table of settings is the program's own, its commands work, and its files are there."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, Call
+
+from engine.config import group_options, setting_rows
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = re.findall(r"^(?: {4})?(python (?:train|evaluate)\.py.*?)(?: +#.*)?$", README, re.MULTILINE)
+
+
+def settings_table(entry: str) -> str:
+    """A table of every setting of an entry point, in Markdown."""
+    rows = [("setting", "default", "meaning"), ("---", "---", "---")]
+    rows += [(f"`{name}`", f"`{default}`", meaning) for name, default, meaning in setting_rows(entry)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+@pytest.mark.parametrize("entry", ["train", "evaluate"])
+def test_the_table_of_settings_is_the_programs_own(entry: str) -> None:
+    found = re.search(rf"<!-- settings of {entry} -->\n+(.*?)\n*<!-- end -->", README, re.DOTALL)
+    assert found is not None
+    expected = settings_table(entry)
+    assert found[1] == expected, f"put this between the two comments:\n{expected}"
+
+
+def test_commands_are_found() -> None:
+    assert len(COMMANDS) >= 12
+    assert all(shlex.split(command) for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_of_the_readme_composes(call: Call, command: str) -> None:
+    """Composing finds a typo in an option or setting; `--cfg job` stops there."""
+    _, program, *arguments = shlex.split(command)
+    arguments = [re.sub(r"=(\w+),[\w,.]+$", r"=\1", a) for a in arguments if a != "-m"]  # the first job of a sweep
+    if program == "evaluate.py":  # its dataset's settings are those of a checkpoint
+        arguments = [a for a in arguments if not a.startswith("dataset.")]
+    answer = call(program.removesuffix(".py"), *arguments, "--cfg", "job")
+    assert answer.code == 0, answer.err
+
+
+def test_the_set_up_commands() -> None:
+    """What .ci/run runs as printed."""
+    commands = re.findall(r"^python -m pip install .*$", README, re.MULTILINE)
+    assert [command.rpartition("&& ")[2] for command in commands] == ["python train.py", "python -m pytest"]
+    script = (ROOT / ".ci" / "run").read_text()
+    assert "README.md" in script and os.access(ROOT / ".ci" / "run", os.X_OK)
+
+
+def test_files_that_are_named_exist() -> None:
+    linked = re.findall(r"\]\((?!https?:)([^)#]+)\)", README)
+    assert linked
+    for name in linked:
+        assert (ROOT / name).exists(), name
+
+
+def test_every_dataset_is_named() -> None:
+    for name in group_options()["dataset"]:
+        assert f"`{name}`" in README, name
+
+
+def test_constraints_pin_every_dependency_without_an_address() -> None:
+    text = (ROOT / "constraints.txt").read_text()
+    pinned = {re.split("==", line)[0].lower() for line in text.splitlines() if line and not line.startswith("#")}
+    project = (ROOT / "pyproject.toml").read_text()
+    core = re.search(r"^dependencies = \[\n(.*?)^\]", project, re.DOTALL | re.MULTILINE)
+    test = re.search(r"^test = \[(.*)\]", project, re.MULTILINE)
+    assert core and test
+    needed = {name.lower() for name in re.findall(r'"([\w-]+)', core[1] + test[1])}
+    assert needed <= pinned
+    assert "torch==2.14.1" in text and "torchvision==0.29.1" in text
+    assert "://" not in text and "--" not in text
+    assert Path(ROOT / "pyproject.toml").is_file()

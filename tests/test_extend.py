@@ -1,0 +1,63 @@
+"""Adding is dropping in: the README's model and dataset, put into a copy of the tree, train without another change."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, Call
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def block(file: str) -> str:
+    """The code block of the README that follows the name of `file`."""
+    after = README.partition("\n## Add a ")[2].partition(f"`{file}`")[2]
+    found = re.search(r"```\w+\n(.*?)```", after, re.DOTALL)
+    assert found, f"README.md shows no {file}"
+    return found[1]
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """A copy of what the program needs."""
+    copy = tmp_path / "tree"
+    copy.mkdir()
+    for file in ROOT.glob("*.py"):
+        shutil.copy(file, copy)
+    for folder in ("configs", "engine", "models", "data/digits"):
+        shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    return copy
+
+
+def test_a_model_and_a_dataset_are_dropped_in(tree: Path, process: Call) -> None:
+    for file in ("models/two_layers.py", "configs/model/two_layers.yaml", "configs/dataset/my_pictures.yaml"):
+        (tree / file).write_text(block(file))
+    with (tree / "datasets.py").open("a") as file:
+        file.write("\n\n" + block("datasets.py"))
+    (tree / "data" / "my_pictures").mkdir()
+    random = np.random.default_rng(0)
+    for part, count in (("train", 90), ("test", 30)):
+        labels = np.arange(count) % 3
+        images = random.integers(0, 99, (count, 10, 12, 3)).astype(np.uint8)
+        images[np.arange(count), :, :, labels] += 100  # the class is a colour
+        np.savez(tree / "data" / "my_pictures" / f"{part}.npz", images=images, labels=labels)
+
+    both = ("dataset=my_pictures", "model=two_layers", "model.width=100", "epochs=10", "batch_size=8", "name=both")
+    answer = process("train", *both, root=tree, cwd=tree)
+    assert answer.code == 0, answer.err
+    assert f"two_layers, {360 * 100 + 100 + 100 * 3 + 3:,} parameters" in answer.out
+    assert "my_pictures, 81 train, 9 val, 30 test, images 3x10x12, 3 classes" in answer.out
+    assert "test     accuracy 100.00%" in answer.out
+
+    # Help and errors know them, too.
+    assert (
+        "neurons of the hidden layer (an integer >= 1)" in process("train", "--help", "model=two_layers", root=tree).out
+    )
+    assert process("train", "model=two_layers", "model.width=0", root=tree).error == (
+        "model.width=0: expected an integer >= 1"
+    )
+    assert "did you mean two_layers?" in process("train", "model=two_layer", root=tree).error

@@ -1,0 +1,574 @@
+"""From samples to batches: the same for any number of workers, batch size and start, and one line when it cannot be."""
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from torch.utils.data import Dataset, IterableDataset, WeightedRandomSampler
+
+import datasets
+from engine.errors import RequestError, RunError
+from engine.loader import Batches, load_splits, parse_transforms, read_as_evaluated
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
+BASE = {"val_fraction": 0.0, "limit": None, "train_transforms": [], "eval_transforms": [], "target_transform": None}
+FILES = {"skip_unreadable": False, "cache": False, "test_fraction": 0.25, "channels": 3, "max_pixels": 10**6}
+RUN = {"batch_size": 8, "seed": 0, "shuffle": True, "drop_last": False, "limit_batches": None, "num_workers": 0}
+RESIZE = {"Resize": {"size": [16, 16]}}
+AUGMENTED = [
+    RESIZE,
+    "RandomHorizontalFlip",
+    "TrivialAugmentWide",  # only torchvision has it: one image at a time
+    {"RandomRotation": {"degrees": 30}},
+    {"ColorJitter": {"brightness": 0.4, "hue": 0.1}},
+    {"Normalize": {"mean": [0.5, 0.5, 0.5], "std": [0.2, 0.2, 0.2]}},
+    {"RandomErasing": {"p": 0.5}},
+]
+
+
+def settings(function="folder", **changes):
+    """Settings of a dataset whose `_target_` is a function of this module."""
+    return {**BASE, "steps_per_epoch": None, "_target_": f"{__name__}.{function}", **changes}
+
+
+def batches_of(data_settings, split="train", transforms=None, training=True, **run):
+    splits, _ = load_splits(data_settings)
+    if transforms is None:
+        transforms = data_settings["train_transforms" if training else "eval_transforms"]
+    return Batches(splits[split], transforms, {**RUN, **run}, CPU, training)
+
+
+def whole_epoch(batches, epoch=1):
+    """(images, labels) of an epoch, sorted by sample."""
+    images, labels = (torch.cat(parts) for parts in zip(*batches.epoch(epoch), strict=True))
+    place = batches.order(epoch)[: len(labels)].argsort()
+    return images[place], labels[place]
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """24 images of three colours and many sizes in every format, one folder a colour."""
+    top = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    kinds = ["a.jpg", "b.png", "c.webp", "d.bmp", "e.gif", "f.tif", "g.jpeg", "h.png"]
+    for name, colour in (("blue", (40, 60, 200)), ("green", (50, 180, 60)), ("red", (210, 50, 40))):
+        (top / name).mkdir()
+        for file in kinds:
+            height, width = rng.integers(20, 60, 2)
+            noise = rng.normal(0, 25, (height, width, 3)) + np.array(colour)
+            image = Image.fromarray(noise.clip(0, 255).astype(np.uint8))
+            modes = {"e.gif": "P", "h.png": "RGBA", "g.jpeg": "CMYK"}
+            image.convert(modes.get(file, "RGB")).save(top / name / file)
+    return top
+
+
+def photo_settings(photos, **changes):
+    return {**settings("unused"), **FILES, "_target_": "datasets.image_folder", "root": str(photos), **changes}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The same samples whatever reads them
+
+
+def in_memory():
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (50, 3, 12, 12), dtype=torch.uint8, generator=generator)
+    return datasets.ImageData((images, torch.arange(50) % 5), (images[:10], torch.arange(10) % 5), list("abcde"))
+
+
+@pytest.mark.parametrize("source", ["files", "memory"])
+def test_augmentation_is_the_same_for_any_workers_and_batch_size(photos, source):
+    given = photo_settings(photos, train_transforms=AUGMENTED)
+    if source == "memory":
+        given = settings("in_memory", train_transforms=AUGMENTED[1:])
+    images, labels = whole_epoch(batches_of(given))
+    for workers, size in ((0, 1), (0, 64), (1, 7), (3, 1), (3, 64)):
+        other, other_labels = whole_epoch(batches_of(given, num_workers=workers, batch_size=size))
+        assert torch.equal(images, other) and torch.equal(labels, other_labels)
+    assert not torch.equal(images, whole_epoch(batches_of(given), epoch=2)[0])
+    assert not torch.equal(images, whole_epoch(batches_of(given, seed=1))[0])
+
+
+def test_workers_are_told_of_each_epoch_and_of_one_that_was_left(photos):
+    given = photo_settings(photos, train_transforms=AUGMENTED)
+    batches, alone = batches_of(given, num_workers=2, batch_size=3), batches_of(given, batch_size=3)
+    next(iter(batches.epoch(7)))  # and no more of it
+    for epoch in (1, 2):
+        for (images, labels), (expected, expected_labels) in zip(batches.epoch(epoch), alone.epoch(epoch), strict=True):
+            assert torch.equal(images, expected) and torch.equal(labels, expected_labels)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("source", ["files", "memory"])
+def test_an_epoch_goes_on_in_its_middle(photos, source, workers):
+    given = photo_settings(photos, train_transforms=AUGMENTED)
+    if source == "memory":
+        given = settings(
+            "in_memory", train_transforms=["RandomVerticalFlip", {"RandomCrop": {"size": 12, "padding": 2}}]
+        )
+    batches = batches_of(given, num_workers=workers, batch_size=4)
+    whole, rest = list(batches.epoch(3)), list(batches.epoch(3, start=2))
+    assert len(rest) == len(whole) - 2 == len(batches) - 2
+    for (images, labels), (expected, expected_labels) in zip(rest, whole[2:], strict=True):
+        assert torch.equal(images, expected) and torch.equal(labels, expected_labels)
+
+
+def test_training_with_dropout_gives_the_same_weights_for_any_workers(photos):
+    def trained(workers):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(3 * 16 * 16, 3))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        batches = batches_of(photo_settings(photos, train_transforms=AUGMENTED), num_workers=workers)
+        for epoch in (1, 2):
+            for images, labels in batches.epoch(epoch):
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(model(images), labels).backward()
+                optimizer.step()
+        return model[2].weight.detach()
+
+    alone = trained(0)
+    for workers in (1, 3):
+        assert torch.equal(alone, trained(workers))
+
+
+def test_reading_draws_nothing_from_the_runs_generators(photos):
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    for given in (photo_settings(photos, train_transforms=AUGMENTED), settings("drawing"), settings("in_memory")):
+        for workers in (0, 2):
+            batches = batches_of(given, num_workers=workers)
+            batches.sample_shape()
+            list(batches.epoch(1))
+    assert torch.equal(states[0], torch.get_rng_state())
+    assert states[1:] == (random.getstate(), np.random.get_state()[1].tolist())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In memory
+
+
+def test_batches_in_memory_are_the_samples_in_the_order_of_the_epoch():
+    images, labels = in_memory().train
+    batches = batches_of(settings("in_memory"), batch_size=16, drop_last=True)
+    assert len(batches) == 3 and batches.num_samples == 48
+    order = batches.order(4)
+    for number, (found, found_labels) in enumerate(batches.epoch(4)):
+        chosen = order[number * 16 : number * 16 + 16]
+        assert torch.equal(found, images[chosen].float() / 255) and torch.equal(found_labels, labels[chosen])
+    assert number == 2 and not torch.equal(order, batches.order(5))
+
+
+def test_samples_that_do_not_fit_on_the_device_are_copied_one_batch_ahead():
+    batches = batches_of(settings("in_memory"), batch_size=16)
+    pairs = list(batches.epoch(1))
+    asked = []
+
+    def source():
+        for number, pair in enumerate(pairs):
+            asked.append(number)
+            yield pair
+
+    for number, (images, _labels) in enumerate(batches._copied_ahead(source())):
+        assert torch.equal(images, pairs[number][0])
+        assert len(asked) == min(number + 2, len(pairs))
+    assert number == len(pairs) - 1
+
+
+def test_label_transform_for_training_only():
+    given = settings("in_memory", target_transform="torch.nn.functional.one_hot")
+    _, labels = next(iter(batches_of(given)))
+    assert labels.dtype == torch.float32 and list(labels.shape) == [8, 5] and (labels.sum(1) == 1).all()
+    logits = torch.randn(8, 5)
+    expected = nn.functional.cross_entropy(logits, labels.argmax(1))
+    assert torch.allclose(nn.CrossEntropyLoss()(logits, labels), expected)
+    _, labels = next(iter(batches_of(given, split="test", training=False)))
+    assert labels.dtype == torch.int64
+    with pytest.raises(RequestError, match=r"dataset\.target_transform=torch\.nn\.functional\.one_hut"):
+        batches_of(settings("in_memory", target_transform="torch.nn.functional.one_hut"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Any Dataset
+
+
+class Drawing(Dataset):
+    """Draws its images from every generator there is."""
+
+    targets = tuple(i % 4 for i in range(40))
+
+    def __len__(self):
+        return 40
+
+    def __getitem__(self, index):
+        noise = torch.rand(1, 4, 4) + random.random() + float(np.random.rand())
+        return noise / 3, self.targets[index]
+
+
+class Plain(Drawing):
+    """Says its labels only with its samples; Pillow images."""
+
+    targets = None
+
+    def __getitem__(self, index):
+        return Image.new("RGB", (4, 4), (index, 0, 0)), np.int64(index % 4)
+
+
+class Stream(IterableDataset):
+    """Counts, with some noise of torch's generator; has no length."""
+
+    def __init__(self, count):
+        self.count = count
+
+    def __iter__(self):
+        for i in range(self.count):
+            yield torch.full((1, 4, 4), i, dtype=torch.uint8) + torch.randint(0, 2, (1,), dtype=torch.uint8), i % 4
+
+
+class Dying(Drawing):
+    """Its reader gets the signal that a write to full shared memory gives."""
+
+    def __getitem__(self, index):
+        if torch.utils.data.get_worker_info() is not None:
+            os.kill(os.getpid(), signal.SIGBUS)
+        return super().__getitem__(index)
+
+
+def drawing():
+    return datasets.ImageData(Drawing(), Drawing(), list("abcd"))
+
+
+def plain(classes=4):
+    return datasets.ImageData(Plain(), Plain(), list("abcdefgh")[:classes])
+
+
+def dying():
+    return datasets.ImageData(Dying(), Dying(), list("abcd"))
+
+
+def stream(count=30):
+    return datasets.ImageData(Stream(count), Stream(10), list("abcd"))
+
+
+def balanced():
+    images, labels = in_memory().train
+    weights = (labels == 2).double() + 1e-9  # class 2 alone
+
+    def sampler(indices):
+        return WeightedRandomSampler(weights[indices].tolist(), 20)
+
+    return datasets.ImageData((images, labels), (images, labels), list("abcde"), sampler=sampler)
+
+
+def unfit(**changes):
+    return datasets.ImageData(**{**vars(in_memory()), **changes})
+
+
+def empty_test():
+    return unfit(test=(torch.zeros(0, 1, 2, 2, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64)))
+
+
+def float_images():
+    return unfit(train=(torch.zeros(5, 1, 2, 2), torch.zeros(5, dtype=torch.int64)))
+
+
+def label_outside():
+    return unfit(train=(torch.zeros(5, 1, 2, 2, dtype=torch.uint8), torch.tensor([0, 1, 2, 3, 9])))
+
+
+def test_a_users_dataset_draws_the_same_in_any_worker():
+    images, labels = whole_epoch(batches_of(settings("drawing")))
+    for workers, size in ((1, 3), (3, 16)):
+        other, other_labels = whole_epoch(batches_of(settings("drawing"), num_workers=workers, batch_size=size))
+        assert torch.equal(images, other) and torch.equal(labels, other_labels)
+    assert not torch.equal(images[0], images[1])
+
+
+def test_targets_make_the_validation_part_stratified(capsys):
+    splits, _ = load_splits(settings("drawing", val_fraction=0.2))
+    assert torch.tensor(Drawing.targets)[splits["val"].indices].bincount().tolist() == [2, 2, 2, 2]
+    assert "at random" not in capsys.readouterr().out
+    splits, _ = load_splits(settings("plain", val_fraction=0.2))
+    assert len(splits["val"]) == 8
+    assert "Plain has no .targets: validation is held out at random" in capsys.readouterr().out
+
+
+def test_pillow_images_and_numpy_labels():
+    images, labels = whole_epoch(batches_of(settings("plain")))
+    assert list(images.shape) == [40, 3, 4, 4]
+    assert torch.equal((images[:, 0, 0, 0] * 255).round().long() % 4, labels)
+    with pytest.raises(RunError, match=r"sample \d+ of Plain has label [23]; expected 0 to 1, as there are 2 classes"):
+        list(batches_of(settings("plain", classes=2)).epoch(1))
+
+
+def test_a_sampler_of_its_own_chooses_the_samples():
+    batches = batches_of(settings("balanced", val_fraction=0.2))
+    assert len(batches) == 3 and batches.num_samples == 20
+    labels = torch.cat([labels for _, labels in batches.epoch(1)])
+    assert labels.tolist() == [2] * 20
+    held_out = set(load_splits(settings("balanced", val_fraction=0.2))[0]["val"].indices.tolist())
+    assert not held_out & set(batches.order(1).tolist())
+    assert torch.equal(batches.order(1), batches.order(1)) and not torch.equal(batches.order(1), batches.order(2))
+
+
+def test_a_stream_goes_on_from_epoch_to_epoch_and_where_it_was_left():
+    given = settings("stream", steps_per_epoch=2, train_transforms=["RandomHorizontalFlip"])
+    batches = batches_of(given)
+    assert len(batches) == 2 and batches.num_samples == 16 and batches.sample_shape() == (1, 4, 4)
+    before = torch.get_rng_state()
+    seen = [images for epoch in (1, 2, 3) for images, _ in batches.epoch(epoch)]
+    assert torch.equal(before, torch.get_rng_state())
+    numbers = (torch.cat(seen)[:, 0, 0, 0] * 255).round().long()
+    assert ((numbers - torch.arange(48) % 30) <= 1).all() and (numbers >= torch.arange(48) % 30).all()
+    resumed = batches_of(given)
+    rest = [images for images, _ in resumed.epoch(2, start=1)] + [images for images, _ in resumed.epoch(3)]
+    assert all(torch.equal(one, two) for one, two in zip(rest, seen[3:], strict=True))
+
+
+def test_a_stream_for_the_test_is_read_once_through():
+    batches = batches_of(settings("stream", steps_per_epoch=2), split="test", training=False, batch_size=4)
+    for _ in range(2):
+        assert [len(labels) for _, labels in batches] == [4, 4, 2]
+
+
+@pytest.mark.parametrize(
+    ("function", "changes", "says"),
+    [
+        ("stream", {}, r"Stream is iterable-style: set dataset\.steps_per_epoch"),
+        ("in_memory", {"steps_per_epoch": 3}, r"dataset\.steps_per_epoch=3: for iterable-style data"),
+        ("empty_test", {}, r"the test split is empty"),
+        ("in_memory", {"val_fraction": 0.999}, r"the train split is empty \(50 training samples were found\)"),
+        ("float_images", {}, r"torch\.float32 \[5, 1, 2, 2\].*expected torch\.uint8"),
+        ("label_outside", {}, r"train sample 4 has label 9; expected 0 to 4, as there are 5 classes"),
+    ],
+)
+def test_data_that_cannot_be_used_is_told_at_load(function, changes, says):
+    with pytest.raises(RequestError, match=says):
+        load_splits(settings(function, **changes))
+
+
+def test_fewer_samples_than_a_batch():
+    with pytest.raises(RequestError, match=r"drop_last=true leaves no batch: 50 training samples, batch_size=64"):
+        batches_of(settings("in_memory"), batch_size=64, drop_last=True)
+
+
+@pytest.mark.parametrize(
+    ("listed", "says"),
+    [
+        (["RandomHorizontalFlop"], r"there is no transform 'RandomHorizontalFlop' \(did you mean RandomHorizontalFlip"),
+        (["GaussianBlurr"], r"there is no transform 'GaussianBlurr' \(did you mean GaussianBlur"),
+        ([{"RandomCrop": {"sighs": 3}}], r"RandomCrop refuses its arguments"),
+        ([{"RandomHorizontalFlip": {"p": 2}}], r"RandomHorizontalFlip refuses its arguments: p=2"),
+        (["MixUp"], r"MixUp refuses its arguments: it mixes the samples of a batch"),
+        ([["Resize", 3]], r"expected Name or Name: \{argument: value\}"),
+    ],
+)
+def test_transforms_that_do_not_exist(listed, says):
+    with pytest.raises(RequestError, match=says):
+        parse_transforms(listed, "dataset.train_transforms")
+
+
+def test_transforms_that_do_not_fit_the_images():
+    given = settings(
+        "in_memory", train_transforms=[{"Normalize": {"mean": [0.5], "std": [0.5]}}, {"RandomCrop": {"size": 99}}]
+    )
+    with pytest.raises(RequestError, match=r"transform RandomCrop \(number 2\) .* size 99x99 is larger"):
+        batches_of(given).sample_shape()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Image files
+
+
+@pytest.fixture
+def broken(photos, tmp_path):
+    """The photos, one of green's cut in half; returns their folder and that file."""
+    for path in photos.glob("*/*"):
+        (tmp_path / "broken" / path.parent.name).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "broken" / path.parent.name / path.name).write_bytes(path.read_bytes())
+    bad = tmp_path / "broken" / "green" / "b.png"
+    bad.write_bytes(bad.read_bytes()[:300])
+    return tmp_path / "broken", bad
+
+
+def in_test(top, bad):
+    data = datasets.image_folder(str(top), 0.25, 3, 10**6)
+    return str(bad) in data.test.paths.tolist()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_unreadable_image_stops_training_or_is_skipped_and_counted(broken, workers, caplog):
+    top, bad = broken
+    assert not in_test(top, bad)
+    given = photo_settings(top, train_transforms=[RESIZE])
+    with pytest.raises(RunError, match=r"green/b\.png: cannot be read as an image .*truncated"):
+        list(batches_of(given, num_workers=workers).epoch(1))
+    batches = batches_of({**given, "skip_unreadable": True}, num_workers=workers)
+    sizes = [len(labels) for _, labels in batches.epoch(1)]
+    assert (
+        sizes == [8, 8, 2] and "1 images could not be read and were skipped" in caplog.text and str(bad) in caplog.text
+    )
+    clean = whole_epoch(batches_of({**given, "skip_unreadable": True}, num_workers=2 - workers))
+    assert torch.equal(whole_epoch(batches)[0], clean[0])
+
+
+def test_nothing_is_skipped_in_evaluation(broken):
+    top, bad = broken
+    splits, _ = load_splits(photo_settings(top, skip_unreadable=True))
+    assert str(bad) in splits["train"].part.paths
+    with pytest.raises(RunError, match=r"green/b\.png"):
+        list(Batches(splits["train"], [RESIZE], RUN, CPU, training=False))
+
+
+def test_images_of_different_sizes_need_a_resize(photos):
+    with pytest.raises(
+        RequestError, match=r"images of different sizes: .* put Resize: .* first in dataset\.train_transforms"
+    ):
+        batches_of(photo_settings(photos))
+    batches = batches_of(photo_settings(photos, train_transforms=[{"Resize": {"size": 16}}]))  # keeps the proportions
+    with pytest.raises(RunError, match=r"images of different sizes: .* put Resize: \{size: \[height, width\]\} first"):
+        list(batches.epoch(1))
+
+
+def test_one_file_comes_out_as_evaluation_sees_it(photos):
+    transforms = [RESIZE, {"Normalize": {"mean": [0.5] * 3, "std": [0.2] * 3}}]
+    batches = batches_of(photo_settings(photos), split="test", transforms=transforms, training=False)
+    images = torch.cat([images for images, _ in batches])
+    for path, image in zip(batches.split.part.paths, images, strict=True):
+        assert torch.equal(read_as_evaluated(path, transforms, (3, 16, 16)), image)
+    assert list(read_as_evaluated(path, [], (1, 9, 7)).shape) == [1, 9, 7]
+    with pytest.raises(RequestError, match=r"comes out as \[3, 16, 16\], the model takes \[3, 20, 20\]"):
+        read_as_evaluated(path, transforms, (3, 20, 20))
+
+
+def test_a_worker_that_dies_is_told_in_one_line():
+    with pytest.raises(RunError, match=r"lower num_workers or batch_size, or enlarge shared memory"):
+        list(batches_of(settings("dying"), num_workers=1).epoch(1))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The cache
+
+
+def cached(photos, folder, **changes):
+    lists = {"train_transforms": AUGMENTED, "eval_transforms": [RESIZE]}
+    return photo_settings(photos, **{**lists, "cache": True, "cache_dir": str(folder), **changes})
+
+
+def test_the_cache_gives_the_same_samples_and_is_used_again(photos, tmp_path, capsys):
+    plain_images, plain_labels = whole_epoch(batches_of(photo_settings(photos, train_transforms=AUGMENTED)))
+    for said in ("not cached yet", ""):
+        images, labels = whole_epoch(batches_of(cached(photos, tmp_path)))
+        assert torch.equal(images, plain_images) and torch.equal(labels, plain_labels)
+        out = capsys.readouterr().out
+        assert said in out and bool(out) == bool(said)
+    sidecars = list(tmp_path.glob("*.json"))
+    assert len(sidecars) == 2 and len(list(tmp_path.glob("*.uint8"))) == 2 and len(list(tmp_path.iterdir())) == 4
+    described = json.loads(sidecars[0].read_text())
+    assert described["shape"][1:] == [3, 16, 16] and described["resize"]["size"] == [16, 16]
+
+
+def test_a_cache_that_no_longer_fits_is_made_again_with_a_line(broken, tmp_path, capsys):
+    top, bad = broken
+    bad.unlink()
+    given = cached(top, tmp_path / "cache")
+    load_splits(given)
+    other = top / "red" / "b.png"
+    Image.new("RGB", (30, 30), "white").save(other)
+    capsys.readouterr()
+    batches = batches_of(given, transforms=[RESIZE], split="test" if in_test(top, other) else "train", training=False)
+    told = capsys.readouterr().out
+    assert "their cache no longer fits them (1 files differ, the first is " in told and "red/b.png" in told
+    assert any((images == 1).flatten(1).all(1).any() for images, _ in batches)
+    assert len(list((tmp_path / "cache").glob("*.uint8"))) == 2
+    data = next((tmp_path / "cache").glob("*.uint8"))
+    data.write_bytes(data.read_bytes()[:-5])
+    load_splits(given)
+    assert "has not the size it was written with" in capsys.readouterr().out
+    for sidecar in (tmp_path / "cache").glob("*.json"):
+        sidecar.write_text("{")
+    load_splits(given)
+    assert "is damaged" in capsys.readouterr().out
+
+
+def test_unreadable_images_and_the_cache(broken, tmp_path, capsys):
+    top, _bad = broken
+    with pytest.raises(RequestError, match=r"green/b\.png: cannot be read"):
+        load_splits(cached(top, tmp_path / "cache"))
+    assert not list((tmp_path / "cache").iterdir())
+    splits, _ = load_splits(cached(top, tmp_path / "cache", skip_unreadable=True))
+    assert len(splits["train"]) == 17 and "1 training images cannot be read and are left out" in capsys.readouterr().out
+
+
+def test_a_cache_needs_one_resize_for_all(photos, tmp_path):
+    with pytest.raises(RequestError, match=r"put the same Resize first in train_transforms and eval_transforms"):
+        load_splits(cached(photos, tmp_path, eval_transforms=[]))
+    with pytest.raises(RequestError, match=r"images of different sizes"):
+        load_splits(cached(photos, tmp_path, train_transforms=[], eval_transforms=[]))
+
+
+def test_a_cache_that_cannot_be_written(photos, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match=r"the image cache cannot be written in .*file/cache .*dataset\.cache_dir"):
+        load_splits(cached(photos, tmp_path / "file" / "cache"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The whole program
+
+
+def train(directory, *arguments):
+    command = [sys.executable, str(ROOT / "train.py"), *arguments]
+    return subprocess.run(command, cwd=directory, capture_output=True, text=True, timeout=170)
+
+
+def test_folders_and_lists_in_every_format_train_to_over_90_percent(photos, tmp_path):
+    rows = [f"{path.relative_to(photos)},{path.parent.name}" for path in sorted(photos.glob("*/*"))]
+    (tmp_path / "labels.csv").write_text("\n".join(["file,label", *rows]) + "\n")
+    common = [
+        "model=cnn",
+        "model.width=8",
+        "epochs=8",
+        "batch_size=4",
+        "dataset.val_fraction=0",
+        "device=cpu",
+        "num_workers=1",
+    ]
+    for name, of_dataset in (
+        ("folder", ["dataset=image_folder", f"dataset.root={photos}"]),
+        ("list", ["dataset=csv_images", "dataset.annotations_file=labels.csv", f"dataset.img_dir={photos}"]),
+    ):
+        done = train(tmp_path, *common, *of_dataset, f"name={name}")
+        assert done.returncode == 0, done.stderr
+        summary = json.loads((tmp_path / "checkpoints" / name / "summary.json").read_text())
+        assert summary["test_accuracy"] > 0.9
+
+
+def test_an_unreadable_image_in_a_worker_is_one_line_and_exit_code_1(broken):
+    top, bad = broken
+    done = train(top.parent, "dataset=image_folder", f"dataset.root={top}", "epochs=1", "num_workers=1", "device=cpu")
+    assert done.returncode == 1
+    assert re.fullmatch(rf"error: {re.escape(str(bad))}: cannot be read as an image \(.*\).*\n", done.stderr)
+
+
+def test_a_picture_of_samples_and_their_statistics(photos, tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "datasets.py"), "dataset=image_folder", f"dataset.root={photos}", "num_workers=0"],
+        cwd=tmp_path, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    with Image.open(tmp_path / "samples.png") as picture:
+        assert min(picture.size) > 300 and len(picture.convert("RGB").getcolors(10**6)) > 50
+    assert re.search(r"green +5 +1 +2\n", done.stdout)
+    mean = [float(x) for x in re.search(r"mean: \[(.*?)\]", done.stdout)[1].split(", ")]
+    files = datasets.image_folder(str(photos), 0.2, 3, 10**6)
+    assert all(0.2 < value < 0.6 for value in mean) and len(files.classes) == 3
