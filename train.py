@@ -25,6 +25,7 @@ from engine.progress import Bar, epoch_line
 from engine.runs import log
 from engine.saver import Progress, RandomStates, Saver
 from engine.schedules import build_schedule
+from engine.trackers import Trackers
 
 
 def main(config: dict[str, Any]) -> float:
@@ -82,7 +83,8 @@ def main(config: dict[str, Any]) -> float:
         runs.save_config(directory, config)
 
     # The epochs.
-    with report.LiveCurves(directory / "curves.png") as live, saver:
+    trackers = Trackers(config, directory, next_epoch=progress.epoch)
+    with report.LiveCurves(directory / "curves.png") as curves, trackers, saver:
         while progress.epoch <= config["epochs"] and not stop_early(progress, config["early_stopping"]["patience"]):
             train_epoch(model, train_batches, criterion, optimizer, schedule, tally, progress, saver, config)
             train_loss, train_accuracy = tally.read()
@@ -99,7 +101,8 @@ def main(config: dict[str, Any]) -> float:
                 saver.save_best()
             saver.save_last()
             runs.write_metrics(directory / "metrics.csv", progress.history)
-            live.update(progress.history)
+            curves.update(progress.history)
+            trackers.epoch(row)
             log.info(epoch_line(row, config["epochs"], progress.history))
 
         # The test set, once, with the best weights.
@@ -120,6 +123,7 @@ def main(config: dict[str, Any]) -> float:
     }
     runs.write_metrics(directory / "metrics.csv", progress.history)
     runs.write_json(directory / "summary.json", summary)
+    trackers.finish(summary)
     log.info(f"test     accuracy {accuracy(confusion):.2%}, loss {test_loss:.4f} (weights of epoch {best['epoch']})")
     log.info(f"again    python evaluate.py checkpoint={directory / 'best.pt'}")
     runs.close(directory)

@@ -10,7 +10,6 @@ type is the default's. This module never imports torch, so a wrong request is an
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 import math
@@ -28,14 +27,18 @@ import yaml
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import OverrideParseException
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from engine.errors import RequestError, RunError, one_line
+from engine import compare, sweep, trackers
+from engine.errors import Interrupted, RequestError, RunError, did_you_mean, one_line
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs"
-GLOBAL_GROUPS = ("experiment", "debug")  # their files set values anywhere (`# @package _global_`), none of their own
+RUNS = Path("checkpoints")
+GLOBAL_GROUPS = ("experiment", "hparams_search", "debug")  # their files set values anywhere (`@package _global_`)
 BUILT_GROUPS = ("model", "dataset", "optimizer", "scheduler", "criterion")  # their files name a class or function
 
 
@@ -189,9 +192,7 @@ def group_options(directories: Iterable[Path] = (CONFIGS,)) -> dict[str, list[st
 # Checking
 
 
-def check(
-    config: DictConfig, choices: dict[str, str | None], directories: Sequence[Path], entry: str
-) -> dict[str, Any]:
+def check(config: DictConfig, choices: dict[str, Any], directories: Sequence[Path], entry: str) -> dict[str, Any]:
     """The composed configuration as plain resolved data, after every setting was found known and its value valid.
 
     Args:
@@ -208,13 +209,16 @@ def check(
     except OmegaConfBaseException as error:
         raise RequestError(f"the configuration cannot be resolved: {one_line(error)}") from None
     assert isinstance(plain, dict)
+    choices = {group: option for group, option in choices.items() if "/" not in group} | _list_choices(config, entry)
     known = read_settings(_find(directories, entry), directories=directories)
     for group, default in _default_choices(_find(directories, entry)).items():
         if default is not None and not group.startswith("override ") and choices.get(group) is None:
             raise RequestError(f"{group} has to be one of {', '.join(group_options(directories).get(group, []))}")
     for group, option in choices.items():
-        if option is not None and group not in GLOBAL_GROUPS and not group.startswith("hydra/"):
-            file = _find(directories, f"{group}/{option}")
+        for name in option if isinstance(option, list) else [option]:
+            if name is None or group in GLOBAL_GROUPS:
+                continue
+            file = _find(directories, f"{group}/{name}")
             own = read_settings(file, f"{group}.", directories, group)
             if group in BUILT_GROUPS and f"{group}._target_" not in own:
                 raise RequestError(f"{file}: names nothing to build; expected `_target_: ` and a class or function")
@@ -231,7 +235,16 @@ def check(
     for name in known:
         if OmegaConf.select(config, name, default=...) is ...:
             raise RequestError(f"the setting {name!r} was taken out (~{name}); it is needed, set it to a value instead")
-    return {**{str(key): value for key, value in plain.items()}, "choices": _plain_choices(choices)}
+    trackers.check_installed(choices.get("logger") or [])
+    return {**{str(key): value for key, value in plain.items()}, "choices": choices}
+
+
+def _list_choices(config: DictConfig, entry: str) -> dict[str, Any]:
+    """Of the group that takes several options at once (`logger=[tensorboard,mlflow]`) the chosen ones.
+
+    Hydra does not list them among its choices; each option's values stand under the option's own name.
+    """
+    return {"logger": [str(name) for name in config.get("logger") or {}]} if entry == "train" else {}
 
 
 def check_value(name: str, value: Any, known: dict[str, Setting]) -> None:
@@ -253,10 +266,6 @@ def known_settings(group: str, option: str, values: dict[str, Any]) -> dict[str,
     return known
 
 
-def _plain_choices(choices: dict[str, str | None]) -> dict[str, str | None]:
-    return {group: option for group, option in choices.items() if "/" not in group}
-
-
 def _leaves(tree: dict[Any, Any], known: dict[str, Setting], path: str = "") -> Iterable[tuple[str, Any]]:
     for key, value in tree.items():
         name = f"{path}{key}"
@@ -274,16 +283,6 @@ def _typed(value: Any) -> str:
     if isinstance(value, list):
         return f"[{', '.join(map(_typed, value))}]"
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """` (did you mean x or y?)` with the nearest of `known`, or an empty string when nothing is near."""
-    known = list(dict.fromkeys(known))
-    near = difflib.get_close_matches(name, known, n=2, cutoff=0.75)
-    last = name.rpartition(".")[2]  # `lr` stands for `optimizer.lr`
-    near += [k for k in known if k.rpartition(".")[2] == last and k not in near][:2]
-    near = near or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f" (did you mean {' or '.join(near)}?)" if near else ""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -305,6 +304,8 @@ def launch(entry: str) -> NoReturn:
         except RequestError as error:
             fail(error)
         sys.exit(0)
+    if entry == "evaluate" and "--runs" in arguments:
+        _compare([a for a in arguments if a != "--runs"])
     _check_flags()
     if entry == "evaluate" and not any(a.startswith("dataset=") for a in arguments):
         # Settings of the checkpoint's own dataset: let them through, main() holds them against the checkpoint.
@@ -319,15 +320,54 @@ def launch(entry: str) -> NoReturn:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises what it would print, so that we print it in one line
     try:
         hydra.main(config_path=str(CONFIGS), config_name=entry, version_base="1.3")(_job)()
+        exit_code = 0
     except KeyboardInterrupt:
-        fail(RunError("interrupted"), 130)
-    except Exception as error:  # while composing: Hydra, OmegaConf, PyYAML and the file system each raise their own
+        print("error: interrupted", file=sys.stderr)
+        exit_code = 130
+    except SystemExit as end:  # a run of its own that failed, or the end of an interrupted sweep
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+        exit_code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except Exception as error:
+        exit_code = _told(error, arguments, entry)
+    sys.exit(sweep.finish(exit_code))
+
+
+def _told(error: Exception, arguments: list[str], entry: str) -> int:
+    """Say in one line what Hydra or one of its plugins raised, and with which exit code to leave."""
+    if sweep.has_started():
+        if isinstance(error, ValueError) and sweep.has_failures():
+            return 0  # Optuna, which finds no best trial where all have failed; those were told
+        print(f"error: the sweep: {type(error).__name__}: {one_line(error)}", file=sys.stderr)
+        return RunError.exit_code
+    try:  # while composing Hydra, OmegaConf, PyYAML and the file system each raise their own
+        message = _explain(error, arguments, entry)
+    except RequestError as other:  # a file that would have been named in the explanation is the trouble itself
+        message = str(other)
+    print(f"error: {message}", file=sys.stderr)
+    return RequestError.exit_code
+
+
+class SweepStart(Callback):
+    """Named in the entry points' YAML; Hydra calls it before a sweep."""
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        """Check all jobs and make the sweep's directory, or end the program."""
         try:
-            message = _explain(error, arguments, entry)
-        except RequestError as other:  # a file that would have been named in the explanation is the trouble itself
-            message = str(other)
-        fail(RequestError(message))
-    sys.exit(0)
+            sweep.start(config, _checked)
+        except RunError as error:
+            fail(error)
+        except Exception as error:  # of which Hydra would only warn
+            sys.exit(_told(error, sys.argv[1:], str(config.hydra.job.name)))
+
+
+def _compare(arguments: list[str]) -> NoReturn:
+    """Print the table of all runs."""
+    try:
+        print(compare.command(arguments, RUNS))
+        sys.exit(0)
+    except RunError as error:
+        fail(error)
 
 
 def _quoted_path(argument: str) -> str:
@@ -352,16 +392,10 @@ def _check_flags() -> None:
 
 def _job(config: DictConfig) -> Any:
     """One job: check its configuration, import its entry point (and with it torch), run it."""
-    from engine import resume
-
-    runtime = HydraConfig.get()
-    directories = [Path(s.path) for s in runtime.runtime.config_sources if s.schema == "file" and s.path]
-    entry = runtime.job.name
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        return sweep.run_job(config, _checked, _main)
     try:
-        plain = check(config, dict(runtime.runtime.choices), directories, entry)
-        if plain.get("resume"):
-            plain = resume.adopt(plain, runtime.overrides.task)
-        return importlib.import_module(entry).main(plain)
+        return _main(_checked(config))
     except RunError as error:
         fail(error)
     except KeyboardInterrupt:
@@ -372,6 +406,29 @@ def _job(config: DictConfig) -> Any:
     except Exception:  # our own bug: the whole traceback
         traceback.print_exc()
         sys.exit(1)
+
+
+def _checked(config: DictConfig) -> dict[str, Any]:
+    """The plain checked data of a configuration, of a job that is running or of one that Hydra composed for later."""
+    from engine import resume
+
+    hydra_config = config.hydra if "hydra" in config else HydraConfig.get()
+    directories = [Path(s.path) for s in hydra_config.runtime.config_sources if s.schema == "file" and s.path]
+    own = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+    plain = check(own, dict(hydra_config.runtime.choices), directories, str(hydra_config.job.name))
+    return resume.adopt(plain, hydra_config.overrides.task) if plain.get("resume") else plain
+
+
+def _main(config: dict[str, Any]) -> Any:
+    """Call main() of the entry point that is running; a run that does not come to its end is closed and marked so."""
+    from engine import runs
+
+    try:
+        return importlib.import_module(HydraConfig.get().job.name).main(config)
+    except BaseException as error:
+        stopped = isinstance(error, (Interrupted, KeyboardInterrupt))
+        runs.abandon("stopped" if stopped else "failed", one_line(error))
+        raise
 
 
 def fail(error: RunError, exit_code: int | None = None) -> NoReturn:
@@ -393,8 +450,10 @@ def _explain(error: Exception, arguments: list[str], entry: str) -> str:
         for group in groups:
             if any(re.fullmatch(rf"{group}=(null|[-+.\de]+|true|false)", a, re.IGNORECASE) for a in arguments):
                 return f"{group} has to be one of {', '.join(groups[group])}"
-    if found := re.search(r"Could not find '([^']+)/([^'/]+)'", text):
+    if found := re.search(r"Could not (?:find|load) '([^']+)/([^'/]+)'", text):
         group, option = found.groups()
+        if group.startswith("hydra/"):
+            return f"{group}={option}: no such option, or its plugin is not installed: {sweep.INSTALL}"
         return _no_such_option(group, option, groups.get(group, []))
     if found := re.search(r"Could not override '([^']+)'", text):
         name = found[1].partition("@")[0]
@@ -402,9 +461,10 @@ def _explain(error: Exception, arguments: list[str], entry: str) -> str:
         known += [] if "." in name else groups
         chosen = dict(a.split("=", 1) for a in arguments if "=" in a)
         for group, default in _default_choices(_find(directories, entry)).items():
-            file = _find(directories, f"{group}/{chosen.get(group, default)}")
-            if file.is_file():
-                known += read_settings(file, f"{group}.", directories, group)
+            for option in str(chosen.get(group, default)).strip("[]").split(","):  # of a sweep or a list, each
+                file = _find(directories, f"{group}/{option.strip()}")
+                if file.is_file():
+                    known += read_settings(file, f"{group}.", directories, group)
         return f"there is no setting {name!r}{did_you_mean(name, known)}; --help lists them all"
     return f"the command line is not understood: {one_line(error)}"
 

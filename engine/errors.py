@@ -1,4 +1,7 @@
-"""The two ways a run ends that are not our bug: each is one line for the user and an exit code."""
+"""The ways a run ends that are not our bug: each is one line for the user and an exit code."""
+
+import difflib
+from collections.abc import Iterable
 
 
 class RunError(Exception):
@@ -25,3 +28,13 @@ def one_line(error: BaseException, limit: int = 300) -> str:
     """What an exception of somebody else's says, on one line of at most `limit` characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """` (did you mean x or y?)` with the nearest of `known`, or an empty string when nothing is near."""
+    known = list(dict.fromkeys(known))
+    near = difflib.get_close_matches(name, known, n=2, cutoff=0.75)
+    last = name.rpartition(".")[2]  # `lr` stands for `optimizer.lr`
+    near += [k for k in known if k.rpartition(".")[2] == last and k not in near][:2]
+    near = near or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f" (did you mean {' or '.join(near)}?)" if near else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import errno
 import fcntl
@@ -24,10 +25,9 @@ import yaml
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
-from engine.config import ROOT
+from engine.config import ROOT, RUNS
 from engine.errors import RequestError, RunError, one_line
 
-RUNS = Path("checkpoints")
 COLUMNS = ("epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "lr", "seconds", "images_per_second")
 
 log = logging.getLogger("run")  # to the terminal and to train.log
@@ -42,7 +42,9 @@ def check_name(config: dict[str, Any]) -> None:
     name = config["name"]
     if name is None or config["resume"]:
         return
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) or name == "latest":
+    sweep, _, own = name.rpartition("/")
+    in_sweep = sweep and (RUNS / sweep / "sweep.json").is_file()  # a sweep's runs are named sweep/run
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", own if in_sweep else name) or name == "latest":
         raise RequestError(f"name={name}: expected letters, digits, dots, dashes and underscores (and not 'latest')")
     if (RUNS / name).exists():
         raise RequestError(f"name={name}: {RUNS / name} is taken; choose another name or remove it")
@@ -90,6 +92,7 @@ def reopen(config: dict[str, Any]) -> Path:
         lock(directory)
         for torn in directory.glob(".*.pt.*"):  # what a kill left of a file that was being written
             torn.unlink()
+        (directory / "end.json").unlink(missing_ok=True)
     except OSError as error:
         raise RequestError(f"{directory}: cannot be written to ({one_line(error)}); copy it to where it can") from None
     return directory
@@ -112,6 +115,14 @@ def close(directory: Path) -> None:
     _locks.pop(directory).close()
 
 
+def abandon(state: str, reason: str) -> None:
+    """Close what this process has open of a run that failed or was stopped, and note that in its end.json."""
+    for directory in list(_locks):
+        with contextlib.suppress(RunError):  # a full disk, for instance, which is what is being reported
+            write_json(directory / "end.json", {"state": state, "reason": reason})
+        close(directory)
+
+
 def _claim(draft: Path, base: str, own_name: bool) -> Path:
     number = 1
     while True:
@@ -131,7 +142,7 @@ def _claim(draft: Path, base: str, own_name: bool) -> Path:
 def _point_latest(directory: Path) -> None:
     temporary = RUNS / f".latest-{os.getpid()}"
     temporary.unlink(missing_ok=True)
-    temporary.symlink_to(directory.name)
+    temporary.symlink_to(directory.relative_to(RUNS))
     os.replace(temporary, RUNS / "latest")
 
 
@@ -201,7 +212,7 @@ def newest() -> Path:
     latest = RUNS / "latest"
     if not latest.is_dir():
         raise RequestError(f"there is no run in {RUNS.resolve()} yet; train one, or say checkpoint=PATH")
-    return RUNS / latest.resolve().name
+    return RUNS / latest.resolve().relative_to(RUNS.resolve())
 
 
 def start_log(file: Path) -> None:

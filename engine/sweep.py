@@ -1,0 +1,606 @@
+"""Sweeps: many runs from one command line, under one directory, with one table at the end.
+
+    python train.py -m name=rates optimizer.lr=0.1,0.01 seed=0,1,2
+
+Hydra's sweeper chooses the jobs and its launcher runs them, one after the other or in processes of their own. Here is
+what is around them: start() checks every job and makes the directory, run_job() runs one and reports its failure at
+once, finish() draws up the table. A sweep of the same name goes on: what has finished is not run again.
+
+    checkpoints/<sweep>/         sweep.json (command lines), jobs.jsonl (a line a finished or failed job),
+                                 sweep.csv, sweep.png, study.db (Optuna's)
+    checkpoints/<sweep>/<run>/   as any run's
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import itertools
+import json
+import logging
+import math
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+
+from engine import compare
+from engine.errors import Interrupted, RequestError, RunError, one_line
+
+INSTALL = "pip install '.[sweep]'"
+UNIMPORTANT = (*compare.NOT_COMPARED, "name", "resume", "resume_changed", "checkpoint", "device", "num_workers")
+Plain = dict[str, Any]
+MOST_CHECKED = 500  # jobs whose configurations are composed and checked before the first one runs; 0.1 s each
+
+# Where the plugins' own defaults do not serve a sweep of trainings: theirs, ours, why. What is set in a YAML or on the
+# command line stays as it is set.
+PLUGIN_DEFAULTS: dict[str, tuple[Any, Any]] = {
+    "sweeper.direction": ("minimize", "maximize"),  # main() returns an accuracy
+    "sweeper.storage": (None, "sqlite:///{directory}/study.db"),  # so that an interrupted search can go on
+    "sweeper.study_name": (None, "study"),
+    "sweeper.max_failure_rate": (0.0, 1.0),  # a failed trial is told and counted, the others go on
+    "sweeper.n_jobs": (2, "{at_once}"),  # as many trials proposed at once as the launcher runs
+    "sweeper.sampler.seed": (None, 0),  # the same proposals every time
+    "launcher.n_jobs": (-1, "{at_once}"),  # jobs, cores or GPUs, whichever are fewest
+    "launcher.batch_size": ("auto", 1),  # a process gets its next job when it is free
+}
+
+
+@dataclass
+class Sweep:
+    """The sweep that this process started."""
+
+    directory: Path
+    lines_before: int  # of jobs.jsonl, when it started
+
+
+_started: Sweep | None = None
+label = ""  # "job 3/12" while a job of a sweep runs in this process, for progress lines
+
+
+def has_started() -> bool:
+    """Whether this process got as far as the first job of a sweep."""
+    return _started is not None
+
+
+def has_failures() -> bool:
+    """Whether a job of the sweep that this process started has failed."""
+    return _started is not None and any(record["state"] == "failed" for record in _news(_started))
+
+
+def is_job() -> bool:
+    """Whether this process runs a job of a sweep (and not a run of its own)."""
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Before the first job
+
+
+def start(config: DictConfig, check: Callable[[DictConfig], Any]) -> None:
+    """Check what can be known of all jobs, make the sweep's directory or go on in it, and tell Hydra its name.
+
+    Args:
+        config: the configuration that all jobs begin from, with Hydra's part.
+        check: checks the composed configuration of one job.
+
+    Raises:
+        RequestError: a job's configuration is wrong, an extra is missing, the name is taken; nothing was made.
+    """
+    global _started
+    _check_installed(config)
+    given = [str(text) for text in config.hydra.overrides.task]
+    parameters = config.hydra.sweeper.get("params") or {}
+    overrides = OverridesParser.create().parse_overrides([*(f"{key}={v}" for key, v in parameters.items()), *given])
+    swept = {str(o.get_key_element()): o for o in overrides if o.is_sweep_override()}
+    if "name" in swept:
+        raise RequestError("name: names the whole sweep, so it cannot be swept; the runs are named by what differs")
+    if any(str(text).startswith("hydra.sweep.dir=") for text in config.hydra.overrides.hydra):
+        raise RequestError("hydra.sweep.dir: a sweep is named by name=NAME and its runs are in checkpoints/NAME/")
+    optuna = str(config.hydra.sweeper._target_).endswith("OptunaSweeper")
+    jobs = [list(job) for job in itertools.islice(_jobs(overrides, first_only=optuna), MOST_CHECKED)]
+    for job in jobs:
+        check(GlobalHydra.instance().config_loader().load_sweep_config(config, job))
+    total = int(config.hydra.sweeper.n_trials) if optuna else math.prod(len(_values(o)) for o in swept.values())
+
+    name = next((str(o.value()) for o in overrides if o.key_or_group == "name" and o.value() is not None), None)
+    directory = _claim(Path(config.hydra.sweep.dir), name)
+    settings = {"overrides": given, "varying": sorted(swept), "jobs": total, "first_number": 0}
+    with read_write(config.hydra), open_dict(config.hydra):
+        config.hydra.sweep.dir = str(directory)
+        config.hydra.overrides.hydra.append(f"hydra.sweep.dir={directory}")  # for jobs in processes of their own
+        _set_defaults(config.hydra, directory, total)
+        if optuna:
+            settings["first_number"] = _continue_study(config.hydra.sweeper)
+    (directory / "sweep.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+    _started = Sweep(directory, len(_journal(directory)))
+    paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path and path != _root()]
+    os.environ["PYTHONPATH"] = os.pathsep.join([_root(), *paths])  # jobs in processes of their own import from there
+    signal.signal(signal.SIGTERM, _terminate)  # so that launchers take their processes down with them
+    if "submitit" in str(config.hydra.launcher._target_):
+        threading.Thread(target=_tell_news, args=(_started,), daemon=True).start()
+    left = f", {settings['first_number']} of them done" if settings["first_number"] else ""
+    print(f"sweep    {directory}, {total} {'trials' if optuna else 'jobs'}{left}", flush=True)
+
+
+def _tell_news(sweep: Sweep) -> None:
+    """Tell how jobs end whose output goes to files of their own, until the program ends."""
+    told = 0
+    while True:
+        time.sleep(2)
+        for record in _news(sweep)[told:]:
+            told += 1
+            if record["state"] == "finished":
+                print(f"job {record['job']} ({' '.join(record['overrides'])}): finished, {record['run']}", flush=True)
+            else:
+                _report(record, record["reason"])
+
+
+def _root() -> str:
+    return str(Path(__file__).resolve().parent.parent)
+
+
+def _terminate(*_: Any) -> None:
+    sys.exit(143)
+
+
+def _check_installed(config: DictConfig) -> None:
+    """Name the extra that a sweeper or launcher of Hydra's plugins needs."""
+    for kind in ("sweeper", "launcher"):
+        package, _, plugin = str(config.hydra[kind]._target_).partition(".")
+        plugin = plugin.partition(".")[0]
+        if package == "hydra_plugins" and not _is_plugin(plugin):
+            raise RequestError(f"hydra/{kind}: needs {plugin.replace('_', '-')}, which is not installed: {INSTALL}")
+
+
+def _is_plugin(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(f"hydra_plugins.{name}") is not None
+    except ModuleNotFoundError:
+        return False  # no plugin at all
+
+
+def _values(override: Override) -> list[str]:
+    """The values of a swept setting as they are typed; of an interval its ends."""
+    value = override.value()
+    if isinstance(value, IntervalSweep):
+        return [str(value.start), str(value.end)]
+    if isinstance(value, RangeSweep) and value.stop is None:
+        return []
+    return [str(text) for text in override.sweep_string_iterator()]
+
+
+def _jobs(overrides: Sequence[Override], first_only: bool) -> Any:
+    """The overrides of each job; with `first_only` those of two, one with all first and one with all last values."""
+    choices: dict[str, list[str]] = {}
+    for override in overrides:
+        key = str(override.get_key_element())
+        if override.is_sweep_override():
+            choices[key] = [f"{key}={value}" for value in _values(override)]
+        else:
+            choices[key] = [f"{key}={override.get_value_element_as_str()}"]
+    if first_only:
+        return [[values[place] for values in choices.values()] for place in (0, -1)]
+    return itertools.product(*choices.values())
+
+
+def _claim(root: Path, name: str | None) -> Path:
+    """The sweep's own directory: mkdir succeeds for one process only, whenever the others started."""
+    base = name or f"sweep_{time.strftime('%Y-%m-%d_%H-%M-%S')}"
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", base) or base == "latest":
+        raise RequestError(f"name={base}: expected letters, digits, dots, dashes and underscores (and not 'latest')")
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        for number in itertools.count(1):
+            directory = root / (base if number == 1 else f"{base}_{number}")
+            try:
+                directory.mkdir()
+                return directory
+            except FileExistsError:
+                if name is None:
+                    continue
+                if (directory / "sweep.json").is_file():
+                    return directory  # the same sweep goes on
+                raise RequestError(f"name={name}: {directory} is taken; choose another name or remove it") from None
+    except OSError as error:
+        raise RequestError(f"the sweep's directory cannot be made in {root.resolve()}: {one_line(error)}") from None
+    raise AssertionError
+
+
+def _set_defaults(hydra: Any, directory: Path, total: int) -> None:
+    """Set what PLUGIN_DEFAULTS names, in Optuna's and joblib's part of the configuration."""
+    typed = [str(text).partition("=")[0] for text in hydra.overrides.hydra]
+    at_once = _jobs_at_once(hydra, total)
+    for name, (theirs, ours) in PLUGIN_DEFAULTS.items():
+        if "submitit" in str(hydra.launcher._target_) and name.startswith("launcher."):
+            continue
+        value = OmegaConf.select(hydra, name, default="missing")
+        if f"hydra.{name}" not in typed and getattr(value, "name", value) == theirs:
+            value = at_once if ours == "{at_once}" else ours
+            OmegaConf.update(hydra, name, value.format(directory=directory) if isinstance(value, str) else value)
+
+
+def _jobs_at_once(hydra: Any, total: int) -> int:
+    """How many jobs the launcher is to run side by side.
+
+    joblib gives each process its share of the cores as threads, so that fewer processes than cores leave none idle.
+    """
+    if "joblib" in str(hydra.launcher._target_):
+        import joblib
+
+        if hydra.launcher.n_jobs == -1:
+            return max(1, min(total, len(visible_gpus()) or joblib.cpu_count()))
+        return int(joblib.effective_n_jobs(hydra.launcher.n_jobs))
+    return min(total, 4) if "submitit" in str(hydra.launcher._target_) else 1
+
+
+def _continue_study(sweeper: Any) -> int:
+    """Count the trials that the stored study has, and ask Optuna for the rest only.
+
+    Its sampler starts again from its seed and would propose what it proposed first, so the seed moves on with the
+    trials. A trial that was cut off (it still counts as running) is not counted, so that one more takes its place.
+    """
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    logging.getLogger("hydra_plugins").setLevel(logging.CRITICAL)  # failures were told by run_job()
+    if not sweeper.storage or not sweeper.study_name:
+        return 0
+    try:
+        study = optuna.load_study(study_name=sweeper.study_name, storage=sweeper.storage)
+    except KeyError:
+        return 0
+    except Exception as error:
+        raise RequestError(f"hydra.sweeper.storage={sweeper.storage}: cannot be read ({one_line(error)})") from None
+    trials = study.get_trials(deepcopy=False)
+    done = sum(trial.state.is_finished() for trial in trials)
+    sweeper.n_trials = max(0, sweeper.n_trials - done)
+    if sweeper.sampler.get("seed") is not None:
+        sweeper.sampler.seed += len(trials)
+    return done
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One job
+
+
+def run_job(
+    config: DictConfig, check: Callable[[DictConfig], dict[str, Any]], main: Callable[[dict[str, Any]], Any]
+) -> Any:
+    """Run one job of a sweep; a failure is reported at once and recorded, and the sweep goes on.
+
+    Args:
+        config: the job's composed configuration.
+        check: turns it into checked plain data.
+        main: runs it.
+
+    Returns:
+        what `main` returned, or None where the job failed (Optuna then counts the trial as failed).
+
+    Raises:
+        SystemExit: the job was interrupted (130, 143); this ends the sweep.
+    """
+    global label
+    hydra = HydraConfig.get()
+    directory = Path(hydra.sweep.dir)
+    settings = compare.read_json(directory / "sweep.json")
+    number = int(hydra.job.num) + int(settings.get("first_number", 0))
+    varying = _varying(list(hydra.overrides.task), settings.get("varying", []))
+    label = f"job {number + 1}/{settings.get('jobs', '?')}"
+    record: dict[str, Any] = {"job": number + 1, "overrides": varying}
+    try:
+        plain = check(config)
+        record["configuration"] = _fingerprint(plain)
+        before = _before(directory, record["configuration"])
+        if before.get("state") == "finished":
+            print(f"{label}  {' '.join(varying)}: finished before, {before['run']}", flush=True)
+            return before["value"]
+        if before:  # stopped or killed: exactly where it was, as resume= would
+            plain |= {"name": before["run"], "resume": str(directory.parent / before["run"]), "changed": []}
+        elif "name" in plain:
+            plain["name"] = f"{directory.name}/{_run_name(directory, number, varying)}"
+        record["run"] = plain.get("name")
+        print(f"\n{label}  {' '.join(varying)}", flush=True)
+        _record(directory, record, state="began")
+        _choose_gpu(number, str(plain.get("device", "")), str(hydra.launcher._target_))
+        value = main(plain)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise RunError(f"the result is not a number ({value})")
+    except Interrupted as error:
+        _record(directory, record, state="stopped", reason=one_line(error))
+        _report(record, one_line(error))
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        _record(directory, record, state="stopped", reason="interrupted")
+        sys.exit(130)
+    except RunError as error:
+        _record(directory, record, state="failed", reason=one_line(error), exit_code=error.exit_code)
+        _report(record, one_line(error, 1500))
+        return None
+    except Exception as error:  # our own bug: the whole traceback
+        traceback.print_exc()
+        _record(directory, record, state="failed", reason=f"{type(error).__name__}: {one_line(error)}", exit_code=1)
+        _report(record, f"{type(error).__name__}: {one_line(error)}")
+        return None
+    finally:
+        label = ""
+    _record(directory, record, state="finished", value=value)
+    return value
+
+
+def _varying(overrides: list[str], names: list[str]) -> list[str]:
+    """The overrides that tell this job from the others, without Hydra's + before a name."""
+    plain = [text.lstrip("+") for text in overrides]
+    return [text for text in plain if text.partition("=")[0] in names] or [
+        t for t in plain if not t.startswith("name=")
+    ]
+
+
+def _fingerprint(plain: dict[str, Any]) -> str:
+    """Equal for equal configurations, whatever they are named, whoever is told, in whatever order they were typed."""
+    choices = {group: name for group, name in plain["choices"].items() if group not in UNIMPORTANT}
+    settings = {key: value for key, value in plain.items() if key not in UNIMPORTANT}
+    content = json.dumps(settings | {"choices": choices}, sort_keys=True, default=str)
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def _before(directory: Path, configuration: str) -> dict[str, Any]:
+    """The last record of a run of this configuration that finished or can be continued, or an empty one."""
+    for record in reversed(_journal(directory)):
+        if record.get("configuration") == configuration and record.get("run"):
+            run = directory.parent / record["run"]
+            if (run / "summary.json").is_file():
+                return record if record["state"] == "finished" else {}
+            can_go_on = record["state"] in ("began", "stopped") and (run / ".hydra" / "config.yaml").is_file()
+            return record if can_go_on else {}
+    return {}
+
+
+def _run_name(directory: Path, number: int, varying: list[str]) -> str:
+    """`03_lr-0.1_model-mlp`: nothing that a shell wants quoted, and a name of its own for a job that runs again."""
+    parts = [f"{number + 1:02d}", *(_word(text) for text in varying)]
+    base = "_".join(part for part in parts if part)[:80]
+    names = (base if again == 1 else f"{base}_{again}" for again in itertools.count(1))
+    return next(name for name in names if not (directory / name).exists())
+
+
+def _word(override: str) -> str:
+    name, _, value = override.partition("=")
+    number = compare.as_number(value)
+    if number is not None and "." in value and number != 0:
+        value = f"{number:.4g}"  # Optuna's values have sixteen digits
+    value = value.replace("e+", "e")
+    return re.sub(r"[^A-Za-z0-9.]+", "-", f"{name.rpartition('.')[2]}-{value}").strip("-.")
+
+
+def _choose_gpu(number: int, device: str, launcher: str) -> None:
+    """Give each process of a parallel sweep a GPU of its own, where there are several.
+
+    CUDA reads the variable once, when torch first uses it: so a process keeps the GPU of its first job, and the first
+    jobs, whose numbers follow on each other, are on different ones.
+    """
+    if "joblib" not in launcher or "torch" in sys.modules or device not in ("auto", "cuda"):
+        return
+    gpus = visible_gpus()
+    if len(gpus) > 1:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus[number % len(gpus)]
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs that this process may use, by number or name, without torch (which would take one)."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is not None:
+        return [gpu.strip() for gpu in chosen.split(",") if gpu.strip()]
+    try:
+        done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return re.findall(r"^GPU (\d+):", done.stdout, re.MULTILINE)
+
+
+def _report(record: dict[str, Any], reason: str) -> None:
+    print(f"error: job {record['job']} ({' '.join(record['overrides'])}): {reason}", file=sys.stderr, flush=True)
+
+
+def _record(directory: Path, record: dict[str, Any], **result: Any) -> None:
+    """Add a line to jobs.jsonl in one write, so that jobs that end together do not mix theirs."""
+    line = json.dumps(record | result, default=str) + "\n"
+    with (directory / "jobs.jsonl").open("ab", buffering=0) as file:
+        file.write(line.encode())
+
+
+def _news(sweep: Sweep) -> list[dict[str, Any]]:
+    """How jobs ended since this process started the sweep."""
+    return [record for record in _journal(sweep.directory)[sweep.lines_before :] if record["state"] != "began"]
+
+
+def _journal(directory: Path) -> list[dict[str, Any]]:
+    try:
+        lines = (directory / "jobs.jsonl").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    records = []
+    for line in lines:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue  # cut off by a crash
+    return records
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# After the last job
+
+
+def finish(exit_code: int) -> int:
+    """Print the table, write sweep.csv and draw sweep.png, if this process started a sweep.
+
+    Args:
+        exit_code: what the sweep itself came to: 0, or 130 and 143 where it was interrupted.
+
+    Returns:
+        the program's exit code: 1 with a failed job, 2 where no job could do what was asked.
+    """
+    global _started
+    if _started is None:
+        return exit_code
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    directory, news = _started.directory, _news(_started)
+    _started = None
+    failed = [record for record in news if record["state"] == "failed"]
+    rows = [row for row in compare.read_runs(directory) if row["state"] == "finished"]
+    if rows:
+        print(f"\n{summary(directory, rows)}", flush=True)
+    elif not any(directory.glob("*/.hydra")) and not (directory / "study.db").exists():
+        _remove(directory)
+    if failed:
+        print(f"\n{len(failed)} of {len(news)} jobs failed:", file=sys.stderr)
+        for record in failed:
+            _report(record, record["reason"])
+    if exit_code and directory.is_dir():
+        again = shlex.join(["python", *sys.argv, *([] if _is_named() else [f"name={directory.name}"])])
+        print(
+            f"\nthe sweep did not come to its end; what has finished is kept, the rest with: {again}", file=sys.stderr
+        )
+    if exit_code or not failed:
+        return exit_code
+    return 2 if not rows and all(record.get("exit_code") == 2 for record in failed) else 1
+
+
+def _is_named() -> bool:
+    return any(argument.startswith("name=") for argument in sys.argv)
+
+
+def _remove(directory: Path) -> None:
+    """Take away a directory in which nothing ran."""
+    for name in ("sweep.json", "jobs.jsonl", "multirun.yaml"):
+        (directory / name).unlink(missing_ok=True)
+    try:
+        directory.rmdir()
+    except OSError:
+        return  # a launcher's logs are in it
+
+
+def summary(directory: Path, rows: list[dict[str, Any]]) -> str:
+    """The table of a sweep's finished runs, best first, also written as sweep.csv and drawn as sweep.png.
+
+    Where runs differ only in `seed`, one row gives their mean and standard deviation.
+    """
+    over_seeds = "seed" in compare.differing(rows)
+    shown = compare.mean_over(rows, "seed") if over_seeds else rows
+    best_by = "val_accuracy" if any(row["val_accuracy"] is not None for row in shown) else "test_accuracy"
+    shown = compare.sorted_by(shown, best_by)
+    columns = [column for column in compare.shown_columns(shown, always=()) if column != "state"]
+    best = compare.sorted_by(rows, best_by)[0]
+    # A run's name begins with its job's number and goes on with what the columns say.
+    short = [{**row, "run": str(row["run"]).partition("_")[0]} if "run" in row else row for row in shown]
+    text = compare.table(short, columns) + f"\n\nbest     {directory / best['run'] / 'best.pt'}"
+    try:
+        (directory / "sweep.csv").write_text(compare.csv_text(shown, columns), encoding="utf-8")
+        text += f"\ntable    {directory / 'sweep.csv'}"
+    except OSError as error:
+        text += f"\ntable    not written: {one_line(error)}"
+    try:
+        draw(directory / "sweep.png", rows, shown, best_by)
+        text += f"\npicture  {directory / 'sweep.png'}"
+    except Exception as error:  # a picture is never a reason for a sweep to fail
+        text += f"\npicture  not drawn: {one_line(error)}"
+    return text
+
+
+def draw(file: Path, rows: list[dict[str, Any]], shown: list[dict[str, Any]], column: str) -> None:
+    """Draw a sweep: the best configurations, each run a dot, and beside them what each setting did to the accuracy.
+
+    Args:
+        file: the PNG.
+        rows: the finished runs.
+        shown: the rows of the table, best first; where they stand for several seeds, with the standard deviation.
+        column: the accuracy on the axis.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    settings = [name for name in compare.differing(rows) if name != "seed"]
+    best = shown[:25]
+    names = [_describe(row, settings) for row in best]
+    panels = settings[:6]
+    height = max(3.0, 1.2 + 0.3 * len(best), 2.6 * math.ceil(len(panels) / 2))
+    figure = Figure(figsize=(14 if panels else 8, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.add_gridspec(1, 2 if panels else 1)
+
+    axes = figure.add_subplot(grid[0])
+    for place, row in enumerate(best):
+        spread = row.get(f"{column}_std") or 0.0
+        axes.errorbar(row[column], place, xerr=spread, fmt="o", color="tab:blue", capsize=3, zorder=3)
+        runs = [r[column] for r in rows if _describe(r, settings) == names[place] and r[column] is not None]
+        axes.plot(runs, [place] * len(runs), ".", color="0.6")
+    axes.set_yticks(range(len(best)), names, fontsize=9)
+    axes.set_ylim(len(best) - 0.4, -0.6)  # the best on top
+    axes.grid(axis="x", alpha=0.3)
+    axes.set_xlabel(column.replace("_", " "))
+    more = f", the best {len(best)}" if len(shown) > len(best) else ""
+    title = f"{file.parent.name}: {len(rows)} runs{more}"
+    axes.set_title(title + ("\nmean and standard deviation over seeds" if "runs" in best[0] else ""), fontsize=10)
+
+    if panels:
+        inner = grid[1].subgridspec(math.ceil(len(panels) / 2), min(2, len(panels)))
+        for place, name in enumerate(panels):
+            axes = figure.add_subplot(inner[place // 2, place % 2])
+            _draw_setting(axes, [row for row in rows if name in row and row[column] is not None], name, column)
+    figure.savefig(file, dpi=110)
+
+
+def _describe(row: dict[str, Any], settings: list[str]) -> str:
+    """What tells a configuration from the others, on at most two lines."""
+    words = [f"{name.rpartition('.')[2]}={_brief(row[name])}" for name in settings if name in row]
+    text = "  ".join(word if len(word) <= 32 else word[:29] + "..." for word in words) or str(
+        row.get("run", "all runs")
+    )
+    middle = text.find("  ", len(text) // 2)
+    return text if len(text) <= 44 or middle < 0 else f"{text[:middle]}\n{text[middle + 2 :]}"
+
+
+def _brief(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else compare.cell(value)
+
+
+def _short(text: str, most: int) -> str:
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
+def _draw_setting(axes: Any, rows: list[dict[str, Any]], name: str, column: str) -> None:
+    """The accuracy of every run over one setting; over a learning rate or the like on a logarithmic axis."""
+    values = [row[name] for row in rows]
+    numbers = [value for value in values if isinstance(value, (int, float)) and not isinstance(value, bool)]
+    if len(numbers) == len(values):
+        axes.plot(numbers, [row[column] for row in rows], "o", alpha=0.6, markersize=4)
+        if min(numbers) > 0 and max(numbers) / min(numbers) >= 10:
+            axes.set_xscale("log")
+    else:
+        texts = [compare.cell(value) for value in values]
+        known = sorted(set(texts))
+        axes.plot([known.index(text) for text in texts], [row[column] for row in rows], "o", alpha=0.6, markersize=4)
+        axes.set_xticks(range(len(known)), [_short(text, 14) for text in known], fontsize=8)
+        axes.margins(x=0.3)
+    axes.set_title(name, fontsize=9)
+    axes.set_ylabel(column.replace("_", " "), fontsize=8)
+    axes.tick_params(labelsize=8)
+    axes.grid(alpha=0.3)

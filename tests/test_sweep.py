@@ -1,0 +1,262 @@
+"""Sweeps: one directory, one table, nothing lost with a job that fails or a sweep that is stopped."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, Call
+
+from engine import compare, sweep
+
+SMALL = ("epochs=1", "dataset.limit=60", "model.hidden=[8]")
+
+
+def needs(plugin: str) -> pytest.MarkDecorator:
+    """Skip where a plugin of Hydra's is not installed."""
+    try:
+        missing = importlib.util.find_spec(f"hydra_plugins.{plugin}") is None
+    except ModuleNotFoundError:
+        missing = True
+    return pytest.mark.skipif(missing, reason=f"{plugin} is not installed: {sweep.INSTALL}")
+
+
+def ended(directory: Path) -> list[dict[str, Any]]:
+    """How the jobs of a sweep ended, in order."""
+    records = [json.loads(line) for line in (directory / "jobs.jsonl").read_text().splitlines()]
+    return [record for record in records if record["state"] != "began"]
+
+
+def results(directory: Path) -> dict[str, Any]:
+    """The numbers of a sweep's runs, by the end of their names."""
+    summaries = {file.parent.name: json.loads(file.read_text()) for file in directory.glob("*/summary.json")}
+    return {name: [s[key] for key in ("val_loss", "test_loss", "test_accuracy")] for name, s in summaries.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Directory, table, picture
+
+
+def test_a_sweep_is_one_directory_and_ends_with_its_table(call: Call, tmp_path: Path) -> None:
+    answer = call("train", "-m", "name=rates", "optimizer.lr=1e-3,0.5", "seed=0,1", *SMALL)
+    assert answer.code == 0, answer.err
+    directory = tmp_path / "checkpoints" / "rates"
+    names = {path.name for path in directory.iterdir() if path.is_dir()}
+    assert names == {"01_lr-0.001_seed-0", "02_lr-0.001_seed-1", "03_lr-0.5_seed-0", "04_lr-0.5_seed-1"}
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir() if not path.is_symlink()] == ["rates"]
+    assert (tmp_path / "checkpoints" / "latest").resolve().name == "04_lr-0.5_seed-1"
+
+    with (directory / "sweep.csv").open(newline="") as lines:
+        rows = list(csv.DictReader(lines))
+    assert [row["runs"] for row in rows] == ["2", "2"] and rows[0]["val_accuracy_std"]
+    assert float(rows[0]["val_accuracy"]) >= float(rows[1]["val_accuracy"])
+    assert "±" in answer.out and "job 1/4  optimizer.lr=0.001 seed=0" in answer.out
+    assert (directory / "sweep.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_same_command_goes_on_with_what_has_not_finished(call: Call, tmp_path: Path) -> None:
+    assert call("train", "-m", "name=grow", "seed=0,1", *SMALL).code == 0
+    answer = call("train", "-m", *SMALL, "seed=0,1,2", "name=grow")
+    assert answer.code == 0 and answer.out.count("finished before") == 2
+    assert [record["overrides"] for record in ended(tmp_path / "checkpoints" / "grow")][2:] == [["seed=2"]]
+    assert len(results(tmp_path / "checkpoints" / "grow")) == 3
+
+
+def test_a_stopped_run_goes_on_where_it_was(call: Call, tmp_path: Path) -> None:
+    directory = tmp_path / "checkpoints" / "cut"
+    assert call("train", "-m", "name=cut", "seed=0,1", *SMALL).code == 0
+    before = results(directory)
+    (directory / "02_seed-1" / "summary.json").unlink()  # as if killed after its last epoch
+    journal = (directory / "jobs.jsonl").read_text().splitlines()
+    (directory / "jobs.jsonl").write_text("\n".join(journal[:-1]) + "\n")
+    answer = call("train", "-m", "name=cut", "seed=0,1", *SMALL)
+    assert answer.code == 0 and "resumed" in answer.out and "finished before" in answer.out
+    assert results(directory) == before
+
+
+def test_sweeps_of_the_same_second_do_not_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "strftime", lambda _: "now")
+    assert [sweep._claim(tmp_path, None).name for _ in range(3)] == ["sweep_now", "sweep_now_2", "sweep_now_3"]
+
+
+def test_evaluate_sweeps_too(call: Call, tmp_path: Path) -> None:
+    assert call("train", "name=run", *SMALL).code == 0
+    answer = call("evaluate", "-m", "split=val,test")
+    assert answer.code == 0 and answer.out.count("accuracy") >= 2
+
+
+@pytest.mark.parametrize(
+    "text", ["lr=0.30000000000000004", "lr=1e+30", "h=[512, 512]", "a.b='x y'", "path=/a/b=c,d", "x=-1"]
+)
+def test_names_are_safe_to_paste(text: str) -> None:
+    word = sweep._word(text)
+    assert word and not set(word) - set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.-")
+    assert len(word) < 20
+
+
+def test_a_picture_of_many_runs_and_settings_is_drawn(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = []
+    for n in range(1, 41):
+        row = {"run": f"{n:02}", "state": "finished", "val_accuracy": n / 60, "model": f"model_{n % 3}" * 5, "seed": 0}
+        settings = {"optimizer.lr": 10.0**-n, "model.hidden": [n] * 20, "optimizer.momentum": None if n % 2 else 0.9}
+        rows.append(row | settings)
+    sweep.draw(tmp_path / "sweep.png", rows, compare.sorted_by(rows, "val_accuracy"), "val_accuracy")
+    assert (tmp_path / "sweep.png").stat().st_size > 10_000
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What goes wrong
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        (["optimizer.lr=abc"], "optimizer.lr=abc: expected a number > 0"),
+        (["optimizer.lr=0.1,abc"], "optimizer.lr=abc: expected a number > 0"),
+        (["optimizer.lrr=0.1,0.2"], "there is no setting 'optimizer.lrr' (did you mean optimizer.lr"),
+        (["model=mlp,cnnn"], "model=cnnn: no such model (did you mean cnn?)"),
+        (["name=a,b"], "name: names the whole sweep"),
+        (["name='a b'"], "name=a b: expected letters"),
+        (["hydra.sweep.dir=/tmp/x", "seed=1,2"], "a sweep is named by name=NAME"),
+        (["hydra/launcher=jobli"], "hydra/launcher=jobli: no such option, or its plugin is not installed"),
+    ],
+)
+def test_a_wrong_value_is_one_line_and_leaves_nothing(call: Call, tmp_path: Path, typed: list[str], said: str) -> None:
+    assert said in call("train", "-m", *SMALL, *typed).error
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_taken_name_is_refused(call: Call, tmp_path: Path) -> None:
+    (tmp_path / "checkpoints" / "mine").mkdir(parents=True)
+    assert "name=mine: checkpoints/mine is taken" in call("train", "-m", "name=mine", "seed=1,2").error
+
+
+def test_a_failing_job_is_named_and_the_others_go_on(call: Call, tmp_path: Path) -> None:
+    answer = call("train", "-m", "name=some", "optimizer.lr=0.1,1e30,0.2", *SMALL, "epochs=3")
+    assert answer.code == 1
+    told = [line for line in answer.err.splitlines() if line.startswith("error: job 2 (optimizer.lr=1e")]
+    assert len(told) == 2 and "not a finite number" in told[0], "when it failed, and at the end"
+    assert "1 of 3 jobs failed" in answer.err
+    directory = tmp_path / "checkpoints" / "some"
+    assert [record["state"] for record in ended(directory)] == ["finished", "failed", "finished"]
+    assert len((directory / "sweep.csv").read_text().splitlines()) == 3
+    row = next(row for row in compare.read_runs(directory) if row["run"].startswith("02"))
+    assert row["state"] == "failed" and "not a finite number" in row["reason"]
+
+
+def test_where_all_jobs_are_wrong_nothing_stays(call: Call, tmp_path: Path) -> None:
+    answer = call("train", "-m", "seed=0,1", "dataset=mnist", "dataset.root=nowhere.txt/x", "device=cuda:99")
+    assert answer.code == 2 and answer.err.count("error: job 1 (seed=0)") == 2
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+def test_gpus_are_dealt_out_to_parallel_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    chosen = []
+    for number in range(4):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5,7")
+        sweep._choose_gpu(number, "auto", "hydra_plugins.hydra_joblib_launcher.joblib_launcher.JoblibLauncher")
+        chosen.append(os.environ["CUDA_VISIBLE_DEVICES"])
+    assert chosen == ["2", "5", "7", "2"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5,7")
+    sweep._choose_gpu(1, "cuda:2", "hydra_plugins.hydra_joblib_launcher.joblib_launcher.JoblibLauncher")
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "2,5,7", "a device that was named is the user's choice"
+
+
+def start_and_stop(tmp_path: Path, arguments: list[str], number: int, after: int) -> tuple[int, str]:
+    """Run train.py until `after` jobs have ended, send the signal, and return exit code and output."""
+    command = [sys.executable, str(ROOT / "train.py"), *arguments]
+    journal = tmp_path / "checkpoints" / "s" / "jobs.jsonl"
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(command, cwd=tmp_path, start_new_session=True, **pipes) as process:
+        until = time.monotonic() + 60
+        while not journal.is_file() or len(ended(journal.parent)) < after:
+            assert process.poll() is None and time.monotonic() < until, process.communicate()
+            time.sleep(0.02)
+        os.killpg(process.pid, number)
+        out, _ = process.communicate(timeout=60)
+        return process.returncode, out
+
+
+def test_a_stopped_sweep_shows_what_it_has_and_how_to_go_on(tmp_path: Path) -> None:
+    arguments = ["-m", "name=s", "seed=0,1,2,3", "epochs=40", "dataset.limit=200"]
+    code, out = start_and_stop(tmp_path, arguments, signal.SIGINT, after=1)
+    assert code == 130 and "the rest with: python" in out and "name=s" in out
+    assert (tmp_path / "checkpoints" / "s" / "sweep.csv").is_file()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Hydra's plugins
+
+
+@needs("hydra_joblib_launcher")
+@pytest.mark.slow
+def test_twelve_parallel_runs_give_the_numbers_of_one_by_one(process: Call, tmp_path: Path) -> None:
+    grid = (
+        "optimizer.lr=0.1,0.01",
+        "model=mlp,cnn",
+        "seed=0,1,2",
+        "epochs=2",
+        "dataset.limit=300",
+        "model.dropout=0.1",
+    )
+    same = {"OMP_NUM_THREADS": "1"}  # the last bits of a sum depend on how many threads made it
+    assert process("train", "-m", "name=serial", *grid, **same).code == 0
+    assert process("train", "-m", "name=parallel", *grid, "hydra/launcher=joblib", **same).code == 0
+    serial = results(tmp_path / "checkpoints" / "serial")
+    assert len(serial) == 12 and serial == results(tmp_path / "checkpoints" / "parallel")
+
+
+@needs("hydra_joblib_launcher")
+@pytest.mark.slow
+def test_parallel_jobs_fail_one_by_one(process: Call, tmp_path: Path) -> None:
+    answer = process("train", "-m", "name=par", "optimizer.lr=0.1,1e30", *SMALL, "epochs=3", "hydra/launcher=joblib")
+    assert answer.code == 1 and "error: job 2 (optimizer.lr=1e30)" in answer.err.replace("1e+30", "1e30")
+    assert sorted(record["state"] for record in ended(tmp_path / "checkpoints" / "par")) == ["failed", "finished"]
+
+
+@needs("hydra_optuna_sweeper")
+def test_a_search_that_was_killed_goes_on_with_the_rest(call: Call, tmp_path: Path) -> None:
+    import optuna
+
+    search = ["name=s", "hparams_search=mlp", "hydra.sweeper.n_trials=5", "epochs=1", "dataset.limit=60"]
+    code, _ = start_and_stop(tmp_path, search, signal.SIGKILL, after=2)
+    assert code == -signal.SIGKILL
+    answer = call("train", *search)
+    assert answer.code == 0, answer.err
+    assert re.search("5 trials, [1-4] of them done", answer.out)
+    study = optuna.load_study("study", f"sqlite:///{tmp_path}/checkpoints/s/study.db")
+    finished = [trial for trial in study.trials if trial.state.is_finished()]
+    assert len(finished) == 5 and study.direction.name == "MAXIMIZE"
+    assert len({trial.params["optimizer.lr"] for trial in finished}) == 5, "none twice"
+
+
+@needs("hydra_optuna_sweeper")
+def test_a_search_in_which_all_fail_says_so(call: Call) -> None:
+    trials = ("hparams_search=mlp", "hydra.sweeper.n_trials=2", "optimizer.lr=1e30")
+    answer = call("train", *trials, *SMALL, "epochs=3")
+    assert answer.code == 1 and "2 of 2 jobs failed" in answer.err and "Traceback" not in answer.err
+
+
+@needs("hydra_optuna_sweeper")
+def test_a_wrong_value_in_a_search_is_one_line(call: Call, tmp_path: Path) -> None:
+    assert "epochs=0: expected an integer" in call("train", "hparams_search=cnn", "epochs=0").error
+    assert not (tmp_path / "checkpoints").exists()
+
+
+@needs("hydra_submitit_launcher")
+@pytest.mark.slow
+def test_submitit_runs_two_jobs(process: Call, tmp_path: Path) -> None:
+    answer = process("train", "-m", "name=sub", "seed=0,1", *SMALL, "hydra/launcher=submitit_local")
+    assert answer.code == 0, answer.err
+    assert len(results(tmp_path / "checkpoints" / "sub")) == 2 and "±" in answer.out
