@@ -10,7 +10,7 @@ from engine import runs
 from engine.errors import RequestError
 
 # What may change without changing the weights of the epochs that were planned.
-FREE = ("epochs", "device", "num_workers", "name", "resume", "resume_changed", "checkpoint", "early_stopping", "logger")
+FREE = ("epochs", "device", "num_workers", "name", "resume", "resume_changed", "checkpoint", "early_stopping", "logger", "hparams_search")
 
 
 def with_choices_of_run(arguments: list[str]) -> list[str]:
@@ -28,7 +28,9 @@ def with_choices_of_run(arguments: list[str]) -> list[str]:
         raise RequestError("resume= continues one run; it does not go with -m")
     choices = runs.read_config(runs.find(str(run)))["choices"]
     return [
-        f"{group}={choice}" for group, choice in choices.items() if choice and not _value(arguments, group)
+        f"{group}={choice if isinstance(choice, str) else f'[{chr(44).join(choice)}]'}"
+        for group, choice in choices.items()
+        if choice and group != "hparams_search" and not _value(arguments, group)  # a search starts runs of its own
     ] + arguments
 
 
@@ -72,7 +74,7 @@ def adopt(config: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
     }
     _keep_targets(result, config)
 
-    groups = [g for g, choice in config["choices"].items() if own["choices"].get(g) != choice]
+    groups = [g for g, choice in config["choices"].items() if g not in FREE and own["choices"].get(g) != choice]
     changed = [f"{group} {own['choices'].get(group)} -> {config['choices'][group]}" for group in groups]
     before, after = _flat(own), _flat({key: value for key, value in result.items() if key != "changed"})
     changed += [
