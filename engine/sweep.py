@@ -540,11 +540,12 @@ def draw(file: Path, rows: list[dict[str, Any]], shown: list[dict[str, Any]], co
     settings = [name for name in compare.differing(rows) if name != "seed"]
     best = shown[:25]
     names = [_describe(row, settings) for row in best]
-    panels = settings[:6]
+    panels = [name for name in settings if _can_be_drawn(rows, name)][:6]
+    longest = max(len(line) for name in names for line in name.splitlines())
     height = max(3.0, 1.2 + 0.3 * len(best), 2.6 * math.ceil(len(panels) / 2))
-    figure = Figure(figsize=(14 if panels else 8, height), layout="constrained")
+    figure = Figure(figsize=(5 + 0.08 * longest + (8 if panels else 2), height), layout="constrained")
     FigureCanvasAgg(figure)
-    grid = figure.add_gridspec(1, 2 if panels else 1)
+    grid = figure.add_gridspec(1, 2, width_ratios=[1, 1.6]) if panels else figure.add_gridspec(1, 1)
 
     axes = figure.add_subplot(grid[0])
     for place, row in enumerate(best):
@@ -571,11 +572,15 @@ def draw(file: Path, rows: list[dict[str, Any]], shown: list[dict[str, Any]], co
 def _describe(row: dict[str, Any], settings: list[str]) -> str:
     """What tells a configuration from the others, on at most two lines."""
     words = [f"{name.rpartition('.')[2]}={_brief(row[name])}" for name in settings if name in row]
-    text = "  ".join(word if len(word) <= 32 else word[:29] + "..." for word in words) or str(
-        row.get("run", "all runs")
-    )
+    text = "  ".join(_short(word, 26) for word in words) or str(row.get("run", "all runs"))
     middle = text.find("  ", len(text) // 2)
     return text if len(text) <= 44 or middle < 0 else f"{text[:middle]}\n{text[middle + 2 :]}"
+
+
+def _can_be_drawn(rows: list[dict[str, Any]], name: str) -> bool:
+    """Whether a setting has numbers, or few enough other values to be told apart on an axis."""
+    values = {compare.cell(row[name]) for row in rows if name in row}
+    return len(values) <= 6 or all(compare.as_number(value) is not None for value in values)
 
 
 def _brief(value: Any) -> str:
@@ -598,9 +603,11 @@ def _draw_setting(axes: Any, rows: list[dict[str, Any]], name: str, column: str)
         texts = [compare.cell(value) for value in values]
         known = sorted(set(texts))
         axes.plot([known.index(text) for text in texts], [row[column] for row in rows], "o", alpha=0.6, markersize=4)
-        axes.set_xticks(range(len(known)), [_short(text, 14) for text in known], fontsize=8)
+        axes.set_xticks(range(len(known)), [_short(text, 20) for text in known], fontsize=8)
+        if sum(len(_short(text, 20)) for text in known) > 30:
+            axes.tick_params(axis="x", rotation=20)
         axes.margins(x=0.3)
-    axes.set_title(name, fontsize=9)
+    axes.set_title(_short(name, 28), fontsize=9)
     axes.set_ylabel(column.replace("_", " "), fontsize=8)
     axes.tick_params(labelsize=8)
     axes.grid(alpha=0.3)
