@@ -458,9 +458,7 @@ class Batches:
             source = self._gather(order)
         else:
             source = self._read(epoch, order)
-        calmly = (
-            one_thread if self.workers is not None and self.workers.count and self.device.type == "cpu" else nullcontext
-        )
+        share_cores = self.workers is not None and self.workers.count > 0 and self.device.type == "cpu"
         done, group = 0, self.batch_size * max(1, AHEAD // self.batch_size)
         for images, labels in source:
             with one_thread() if share_cores else nullcontext():
