@@ -91,20 +91,21 @@ def plain_loop(decode: Callable[[str], None], paths: list[str]) -> None:
 
 
 class NextToNothing(nn.Module):
-    """Mean colour of a few places, and one linear layer."""
+    """One linear layer on 4x4 pixels."""
 
-    def __init__(self, channels: int = 3) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.Sequential(nn.AvgPool2d(16), nn.Flatten(), nn.LazyLinear(CLASSES))
+        self.weight = nn.Parameter(torch.zeros(CLASSES, 3 * 16))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.layers(images)
+        side = images.shape[2] // 4
+        few = images[:, :, ::side, ::side].flatten(1)
+        return (few[:, None] * self.weight).sum(2)  # too small to be done in parallel
 
 
 def train_on(batches: Batches, epoch: int, watch: Callable[[], None] = lambda: None) -> None:
     """An epoch of the plain loop."""
     model = NextToNothing()
-    model(torch.zeros(1, *batches.sample_shape()))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     for images, labels in batches.epoch(epoch):
         optimizer.zero_grad()

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -477,19 +478,24 @@ class Batches:
             source = self._gather(order)
         else:
             source = self._read(epoch, order)
+        share_cores = self.workers is not None and self.workers.count > 0 and self.device.type == "cpu"
         done, group = 0, self.batch_size * max(1, AHEAD // self.batch_size)
         for images, labels in source:
-            if self.draws:
-                if done % group == 0:
-                    numbers = torch.arange(first + done, first + done + group)  # a stream's samples are only numbered
-                    ahead = Draws(self.seed, epoch, numbers if order is None else order[done : done + group])
-                images = apply(self.later, images, ahead.window(done % group, len(images)))
-                done += len(images)
-            elif self.later:
-                images = apply(self.later, images, None)
+            with one_thread() if share_cores else nullcontext():
+                if self.draws:
+                    if done % group == 0:
+                        numbers = torch.arange(
+                            first + done, first + done + group
+                        )  # a stream's samples are only numbered
+                        ahead = Draws(self.seed, epoch, numbers if order is None else order[done : done + group])
+                    images = apply(self.later, images, ahead.window(done % group, len(images)))
+                    done += len(images)
+                elif self.later:
+                    images = apply(self.later, images, None)
+                images = to_float(images)
             if target_transform is not None:
                 labels = self._targets(target_transform, labels)
-            yield to_float(images), labels
+            yield images, labels
 
     __iter__ = epoch
 
@@ -586,6 +592,21 @@ class Batches:
             if not self.reader.skip_unreadable:
                 raise RunError(found.message)
         raise RunError(f"none of the {len(self.split)} images can be read")
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Have torch use one thread inside.
+
+    After a parallel operation torch's threads keep their cores busy for milliseconds, waiting for the next one; with
+    worker processes that need these cores, transforming a batch in parallel costs more than it gains.
+    """
+    count = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(count)
 
 
 def _run_alone(transforms: Sequence[Any], in_memory: bool) -> int:

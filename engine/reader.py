@@ -206,13 +206,8 @@ def _as_it_is(sample: Any) -> Any:
 
 
 def _start_worker(number: int) -> None:
-    """Ctrl-C and SIGTERM go to every process of a terminal or job; the main process decides when workers end."""
+    """Ctrl-C goes to every process of a terminal; the main process decides when its workers end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    def once(*_: Any) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the second one, from the main process, counts
-
-    signal.signal(signal.SIGTERM, once)
 
 
 def cores() -> int:
