@@ -8,7 +8,7 @@ validation part, `limit`, transforms, batches) is done elsewhere: adding one is 
 
 from __future__ import annotations
 
-from engine.config import launch
+from engine.cli import launch
 
 if __name__ == "__main__":
     launch("datasets")  # answers help, completion and typos, and only then imports torch and calls main() below

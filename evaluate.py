@@ -1,6 +1,6 @@
 """Evaluate a checkpoint: `python evaluate.py checkpoint=checkpoints/latest/best.pt`; see `--help` and README.md."""
 
-from engine.config import launch
+from engine.cli import launch
 
 if __name__ == "__main__":
     launch("evaluate")  # answers help, completion and typos, and only then imports torch and calls main() below

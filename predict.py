@@ -3,7 +3,7 @@
 Predictions go to standard output, a line an image; all else (progress, what could not be read) to standard error.
 """
 
-from engine.config import launch
+from engine.cli import launch
 
 if __name__ == "__main__":
     launch("predict")  # answers help, completion and typos, and only then imports torch and calls main() below

@@ -3,7 +3,7 @@
 From top to bottom: main() sets up and runs the epochs, train_epoch() is the loop over the batches.
 """
 
-from engine.config import launch
+from engine.cli import launch
 
 if __name__ == "__main__":
     launch("train")  # answers help, completion and typos, and only then imports torch and calls main() below
@@ -95,7 +95,7 @@ def main(config: dict[str, Any]) -> float:
                 row["val_loss"], confusion = evaluate(model, saver.watch(val_batches), len(classes))
                 row["val_accuracy"] = accuracy(confusion)
 
-            saver.check()
+            saver.check(row["val_loss"])
             tally.reset()
             if progress.end_epoch(row):
                 saver.save_best()

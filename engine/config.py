@@ -13,27 +13,19 @@ from __future__ import annotations
 import importlib
 import inspect
 import math
-import os
 import re
-import sys
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import hydra
 import yaml
-from hydra._internal.utils import get_args_parser
-from hydra.core.hydra_config import HydraConfig
-from hydra.errors import OverrideParseException
-from hydra.experimental.callback import Callback
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from engine import compare, sweep, trackers
-from engine.errors import Interrupted, RequestError, RunError, did_you_mean, one_line
+from engine import trackers
+from engine.errors import RequestError, RunError, did_you_mean, one_line
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs"
@@ -152,7 +144,7 @@ def read_settings(
                         if isinstance(parent, str) and parent != "_self_":
                             name = parent.partition("@")[0]
                             name = name[1:] if name.startswith("/") else f"{group}/{name}".lstrip("/")
-                            settings.update(read_settings(_find(directories, name), prefix, directories, group))
+                            settings.update(read_settings(find_yaml(directories, name), prefix, directories, group))
             elif isinstance(value, yaml.MappingNode) and value.value:
                 walk(value, values[key.value], name + ".")
             else:
@@ -210,15 +202,15 @@ def check(config: DictConfig, choices: dict[str, Any], directories: Sequence[Pat
         raise RequestError(f"the configuration cannot be resolved: {one_line(error)}") from None
     assert isinstance(plain, dict)
     choices = {group: option for group, option in choices.items() if "/" not in group} | _list_choices(config, entry)
-    known = read_settings(_find(directories, entry), directories=directories)
-    for group, default in _default_choices(_find(directories, entry)).items():
+    known = read_settings(find_yaml(directories, entry), directories=directories)
+    for group, default in default_choices(find_yaml(directories, entry)).items():
         if default is not None and not group.startswith("override ") and choices.get(group) is None:
             raise RequestError(f"{group} has to be one of {', '.join(group_options(directories).get(group, []))}")
     for group, option in choices.items():
         for name in option if isinstance(option, list) else [option]:
             if name is None or group in GLOBAL_GROUPS:
                 continue
-            file = _find(directories, f"{group}/{name}")
+            file = find_yaml(directories, f"{group}/{name}")
             own = read_settings(file, f"{group}.", directories, group)
             if group in BUILT_GROUPS and f"{group}._target_" not in own:
                 raise RequestError(f"{file}: names nothing to build; expected `_target_: ` and a class or function")
@@ -255,14 +247,14 @@ def check_value(name: str, value: Any, known: dict[str, Setting]) -> None:
     if value == "???":
         raise RequestError(f"{name} has to be given: {setting.meaning or setting.expected}")
     if not setting.accepts(value):
-        raise RequestError(f"{name}={_typed(value)}: expected {setting.expected}")
+        raise RequestError(f"{name}={as_typed(value)}: expected {setting.expected}")
 
 
 def known_settings(group: str, option: str, values: dict[str, Any]) -> dict[str, Setting]:
     """The settings of an option of a group, from its YAML where that is still there, else from the `values` it had."""
     known = {f"{group}.{key}": _setting(f"{group}.{key}", value, "", None) for key, value in values.items()}
     if option in group_options().get(group, []):
-        known |= read_settings(_find([CONFIGS], f"{group}/{option}"), f"{group}.", group=group)
+        known |= read_settings(find_yaml([CONFIGS], f"{group}/{option}"), f"{group}.", group=group)
     return known
 
 
@@ -275,281 +267,23 @@ def _leaves(tree: dict[Any, Any], known: dict[str, Setting], path: str = "") -> 
             yield name, value
 
 
-def _find(directories: Sequence[Path], name: str) -> Path:
+def find_yaml(directories: Sequence[Path], name: str) -> Path:
     return next((d / f"{name}.yaml" for d in directories if (d / f"{name}.yaml").is_file()), CONFIGS / f"{name}.yaml")
 
 
-def _typed(value: Any) -> str:
+def as_typed(value: Any) -> str:
     if isinstance(value, list):
-        return f"[{', '.join(map(_typed, value))}]"
+        return f"[{', '.join(map(as_typed, value))}]"
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# From the command line to main()
-
-
-def launch(entry: str) -> NoReturn:
-    """Answer the command line of the entry point `entry`, then call its `main(config)`; never returns.
-
-    Help, TAB completion and every error in the configuration are answered here, before torch is imported. Exit codes:
-    0, 2 for a wrong request, 1 for a failure at work, 130 for Ctrl-C, 143 for SIGTERM.
-    """
-    from engine import resume
-
-    arguments = sys.argv[1:]
-    if {"-h", "--help"} & set(arguments):
-        try:
-            print(help_text(entry, _directories_of(arguments), arguments))
-        except RequestError as error:
-            fail(error)
-        sys.exit(0)
-    if entry == "evaluate" and "--runs" in arguments:
-        _compare([a for a in arguments if a != "--runs"])
-    _check_flags()
-    if entry == "evaluate" and not any(a.startswith("dataset=") for a in arguments):
-        # Settings of the checkpoint's own dataset: let them through, main() holds them against the checkpoint.
-        sys.argv[1:] = ["++" + a if a.startswith("dataset.") else a for a in arguments]
-    if entry != "train" and not {"-m", "--multirun"} & set(arguments):
-        sys.argv[1:] = [_quoted_path(a) for a in sys.argv[1:]]
-    try:
-        if entry == "train":
-            sys.argv[1:] = resume.with_choices_of_run(arguments)
-    except RequestError as error:
-        fail(error)
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises what it would print, so that we print it in one line
-    try:
-        hydra.main(config_path=str(CONFIGS), config_name=entry, version_base="1.3")(_job)()
-        exit_code = 0
-    except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
-        exit_code = 130
-    except SystemExit as end:  # a run of its own that failed, or the end of an interrupted sweep
-        if isinstance(end.code, str):
-            print(end.code, file=sys.stderr)
-        exit_code = end.code if isinstance(end.code, int) else int(end.code is not None)
-    except Exception as error:
-        exit_code = _told(error, arguments, entry)
-    sys.exit(sweep.finish(exit_code))
-
-
-def _told(error: Exception, arguments: list[str], entry: str) -> int:
-    """Say in one line what Hydra or one of its plugins raised, and with which exit code to leave."""
-    if sweep.has_started():
-        if isinstance(error, ValueError) and sweep.has_failures():
-            return 0  # Optuna, which finds no best trial where all have failed; those were told
-        print(f"error: the sweep: {type(error).__name__}: {one_line(error)}", file=sys.stderr)
-        return RunError.exit_code
-    try:  # while composing Hydra, OmegaConf, PyYAML and the file system each raise their own
-        message = _explain(error, arguments, entry)
-    except RequestError as other:  # a file that would have been named in the explanation is the trouble itself
-        message = str(other)
-    print(f"error: {message}", file=sys.stderr)
-    return RequestError.exit_code
-
-
-class SweepStart(Callback):
-    """Named in the entry points' YAML; Hydra calls it before a sweep."""
-
-    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        """Check all jobs and make the sweep's directory, or end the program."""
-        try:
-            sweep.start(config, _checked)
-        except RunError as error:
-            fail(error)
-        except Exception as error:  # of which Hydra would only warn
-            sys.exit(_told(error, sys.argv[1:], str(config.hydra.job.name)))
-
-
-def _compare(arguments: list[str]) -> NoReturn:
-    """Print the table of all runs."""
-    try:
-        print(compare.command(arguments, RUNS))
-        sys.exit(0)
-    except RunError as error:
-        fail(error)
-
-
-def _quoted_path(argument: str) -> str:
-    """`checkpoint=a (1),b=2.pt` quoted as Hydra wants it, so that a path can be typed or completed as it is."""
-    name, _, value = argument.partition("=")
-    if (
-        name not in ("checkpoint", "images", "output")
-        or value[:1] in ("", "[", "'", '"')
-        or re.fullmatch(r"[\w./-]*", value)
-    ):
-        return argument
-    escaped = value.replace("'", r"\'")
-    return f"{name}='{escaped}'"
-
-
-def _check_flags() -> None:
-    """Refuse a command line whose `--flags` Hydra does not know; it would answer with a page of usage."""
-    parser = get_args_parser()
-    parser.error = lambda message: fail(RequestError(f"{message}; --help shows how"))  # type: ignore[method-assign]
-    parser.parse_args()
-
-
-def _job(config: DictConfig) -> Any:
-    """One job: check its configuration, import its entry point (and with it torch), run it."""
-    if HydraConfig.get().mode == RunMode.MULTIRUN:
-        return sweep.run_job(config, _checked, _main)
-    try:
-        return _main(_checked(config))
-    except RunError as error:
-        fail(error)
-    except KeyboardInterrupt:
-        fail(RunError("interrupted"), 130)
-    except BrokenPipeError:  # `| head` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + 13)
-    except Exception:  # our own bug: the whole traceback
-        traceback.print_exc()
-        sys.exit(1)
-
-
-def _checked(config: DictConfig) -> dict[str, Any]:
-    """The plain checked data of a configuration, of a job that is running or of one that Hydra composed for later."""
-    from engine import resume
-
-    hydra_config = config.hydra if "hydra" in config else HydraConfig.get()
-    directories = [Path(s.path) for s in hydra_config.runtime.config_sources if s.schema == "file" and s.path]
-    own = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
-    plain = check(own, dict(hydra_config.runtime.choices), directories, str(hydra_config.job.name))
-    return resume.adopt(plain, hydra_config.overrides.task) if plain.get("resume") else plain
-
-
-def _main(config: dict[str, Any]) -> Any:
-    """Call main() of the entry point that is running; a run that does not come to its end is closed and marked so."""
-    from engine import runs
-
-    try:
-        return importlib.import_module(HydraConfig.get().job.name).main(config)
-    except BaseException as error:
-        stopped = isinstance(error, (Interrupted, KeyboardInterrupt))
-        runs.abandon("stopped" if stopped else "failed", one_line(error))
-        raise
-
-
-def fail(error: RunError, exit_code: int | None = None) -> NoReturn:
-    """Print the error on one line of stderr and leave with its exit code."""
-    print(f"error: {one_line(error, 1500)}", file=sys.stderr)
-    sys.exit(error.exit_code if exit_code is None else exit_code)
-
-
-def _explain(error: Exception, arguments: list[str], entry: str) -> str:
-    """What Hydra says over several lines, in one, with the nearest valid name."""
-    text = str(error)
-    directories = _directories_of(arguments)
-    groups = group_options(directories)
-    if isinstance(error, yaml.YAMLError):
-        return f"not valid YAML: {one_line(error)}"
-    if isinstance(error, OverrideParseException):
-        return f"{error.override!r} is not understood: {one_line(error).partition(' See http')[0]}; --help shows how"
-    if "must be a string or a list" in text:
-        for group in groups:
-            if any(re.fullmatch(rf"{group}=(null|[-+.\de]+|true|false)", a, re.IGNORECASE) for a in arguments):
-                return f"{group} has to be one of {', '.join(groups[group])}"
-    if found := re.search(r"Could not (?:find|load) '([^']+)/([^'/]+)'", text):
-        group, option = found.groups()
-        if group.startswith("hydra/"):
-            return f"{group}={option}: no such option, or its plugin is not installed: {sweep.INSTALL}"
-        return _no_such_option(group, option, groups.get(group, []))
-    if found := re.search(r"Could not override '([^']+)'", text):
-        name = found[1].partition("@")[0]
-        known = list(read_settings(_find(directories, entry), directories=directories))
-        known += [] if "." in name else groups
-        chosen = dict(a.split("=", 1) for a in arguments if "=" in a)
-        for group, default in _default_choices(_find(directories, entry)).items():
-            for option in str(chosen.get(group, default)).strip("[]").split(","):  # of a sweep or a list, each
-                file = _find(directories, f"{group}/{option.strip()}")
-                if file.is_file():
-                    known += read_settings(file, f"{group}.", directories, group)
-        return f"there is no setting {name!r}{did_you_mean(name, known)}; --help lists them all"
-    return f"the command line is not understood: {one_line(error)}"
-
-
-def _no_such_option(group: str, option: str, options: Sequence[str]) -> str:
-    return f"{group}={option}: no such {group}{did_you_mean(option, options)}; there is {', '.join(options) or 'none'}"
-
-
-def _default_choices(file: Path) -> dict[str, Any]:
+def default_choices(file: Path) -> dict[str, Any]:
     defaults = yaml.safe_load(file.read_text(encoding="utf-8")).get("defaults", [])
     return {group: option for entry in defaults if isinstance(entry, dict) for group, option in entry.items()}
 
 
-def _directories_of(arguments: list[str]) -> list[Path]:
-    """Our own, then the user's `--config-dir`, if any: Hydra takes the first file of a name in this order."""
-    for place, argument in enumerate(arguments):
-        if argument.startswith(("--config-dir", "-cd")):
-            value = argument.partition("=")[2] or "".join(arguments[place + 1 : place + 2])
-            return [CONFIGS, Path(value)]
-    return [CONFIGS]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Help
-
-
-def setting_rows(
-    entry: str, directories: Sequence[Path] = (CONFIGS,), chosen: dict[str, str] | None = None
-) -> list[tuple[str, str, str]]:
-    """Name, default and meaning of every setting of an entry point, with the options `chosen` or else the defaults."""
-    file = _find(directories, entry)
-    settings = read_settings(file, directories=directories)
-    for group, default in _default_choices(file).items():
-        option = (chosen or {}).get(group, default)
-        if option is not None and group not in GLOBAL_GROUPS and not group.startswith("override "):
-            settings |= read_settings(_find(directories, f"{group}/{option}"), f"{group}.", directories, group)
-    return [
-        (s.name, _typed(s.default), f"{s.meaning} ({s.expected})")
-        for s in settings.values()
-        if not s.name.endswith("_target_")
-    ]
-
-
-def help_text(entry: str, directories: Sequence[Path] = (CONFIGS,), arguments: Sequence[str] = ()) -> str:
-    """What `--help` prints: usage, groups with their options, every setting, five examples.
-
-    Group choices among the command line's `arguments` are shown instead of the defaults.
-
-    Raises:
-        RequestError: an option that is not there.
-    """
-    file = _find(directories, entry)
-    head = file.read_text(encoding="utf-8").split("\n\n")[0]
-    about, _, examples = "\n".join(line.removeprefix("#").strip() for line in head.splitlines()).partition("Examples:")
-    defaults = _default_choices(file)
-    available = group_options(directories)
-    chosen = dict(a.split("=", 1) for a in arguments if a.partition("=")[0] in defaults)
-    for group, option in chosen.items():
-        if option not in available[group]:
-            raise RequestError(_no_such_option(group, option, available[group]))
-    groups = [
-        f"  {group:<{10}} {', '.join(f'[{o}]' if o == defaults[group] else o for o in options)}"
-        for group, options in available.items()
-        if group in defaults
-    ]
-    rows = setting_rows(entry, directories, chosen)
-    width = max(len(f"{name}={default}") for name, default, _ in rows if len(default) < 30)
-    settings = [f"  {name + '=' + default:<{width}}  {meaning}" for name, default, meaning in rows]
-    other = "; another option of a group may have others, `--help GROUP=OPTION` shows them" if groups else ""
-    return "\n".join(
-        [
-            f"usage: python {entry}.py {'[GROUP=OPTION ...] ' if groups else ''}[SETTING=VALUE ...]",
-            "",
-            about.strip(),
-            "",
-            *(["Groups (GROUP=OPTION; the default in brackets):", *groups, ""] if groups else []),
-            f"Settings (SETTING=DEFAULT{other}):",
-            *settings,
-            "",
-            "Examples:",
-            *(f"  {line}" for line in examples.strip().splitlines()),
-            "",
-            "Hydra's options: --cfg job (print the configuration), -m (several runs), --config-dir DIR, --hydra-help.",
-        ]
-    )
+def no_such_option(group: str, option: str, options: Sequence[str]) -> str:
+    return f"{group}={option}: no such {group}{did_you_mean(option, options)}; there is {', '.join(options) or 'none'}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from typing import Any
 from torch.optim import Optimizer
 from tqdm import tqdm
 
+from engine import sweep
 from engine.metrics import Tally
 
 REFRESH = 0.25  # seconds; reading the tally waits for the device
@@ -24,7 +25,7 @@ class Bar:
             self.bar = tqdm(
                 total=total,
                 initial=done,
-                desc=title,
+                desc=f"{sweep.label}  {title}".strip(),
                 leave=False,
                 dynamic_ncols=True,
                 mininterval=REFRESH,

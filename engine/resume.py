@@ -10,7 +10,18 @@ from engine import runs
 from engine.errors import RequestError
 
 # What may change without changing the weights of the epochs that were planned.
-FREE = ("epochs", "device", "num_workers", "name", "resume", "resume_changed", "checkpoint", "early_stopping", "logger", "hparams_search")
+FREE = (
+    "epochs",
+    "device",
+    "num_workers",
+    "name",
+    "resume",
+    "resume_changed",
+    "checkpoint",
+    "early_stopping",
+    "logger",
+    "hparams_search",
+)
 
 
 def with_choices_of_run(arguments: list[str]) -> list[str]:

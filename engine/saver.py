@@ -7,6 +7,7 @@ many minutes or steps, and when the run is told to stop.
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import signal
@@ -206,17 +207,18 @@ class Saver:
             f"stopped by {name} in {where}; continue with: python train.py resume={self.directory}", 128 + number
         )
 
-    def check(self) -> None:
+    def check(self, val_loss: float | None = None) -> None:
         """Stop at a loss or a weight that is not a finite number.
 
         Raises:
             RunError: naming the epoch and step where it first appeared, and the last good checkpoint.
         """
         bad = self.tally.first_bad_step()
-        if bad is None and all(_finite(tensor) for tensor in self.parts["model"].state_dict().values()):
+        weights = self.parts["model"].state_dict().values()
+        if bad is None and math.isfinite(val_loss or 0.0) and all(_finite(tensor) for tensor in weights):
             return
         epoch, step = self.progress.epoch, self.progress.batch if bad is None else bad + 1
-        what = "the loss" if bad is not None else "a weight"
+        what = "the loss" if bad is not None else "the validation loss" if val_loss is not None else "a weight"
         last = self.directory / "last.pt"
         good = f"the last good checkpoint is {last}" if last.exists() else "no checkpoint was saved yet"
         raise RunError(

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.config import launch
+from engine.cli import launch
 
 ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: models this small are slower on more threads

@@ -85,7 +85,7 @@ def _main(
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
     sys.argv = [str(ROOT / f"{entry}.py"), *arguments]
     Path(".ready").touch()
-    from engine.config import launch
+    from engine.cli import launch
 
     if before:
         before(argument)

@@ -13,7 +13,8 @@ import pytest
 from conftest import ROOT, Call
 
 from engine import config
-from engine.config import Setting, group_options, setting_rows
+from engine.cli import setting_rows
+from engine.config import Setting, group_options
 
 WRONG_REQUESTS = [  # what is typed, what the answer has to hold
     # Unknown options and settings, with the nearest valid ones.

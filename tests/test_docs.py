@@ -9,7 +9,8 @@ import shlex
 import pytest
 from conftest import ROOT, Call
 
-from engine.config import group_options, setting_rows
+from engine.cli import setting_rows
+from engine.config import group_options
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = re.findall(r"^(?: {4})?(python (?:train|evaluate)\.py.*?)(?: +#.*)?$", README, re.MULTILINE)

@@ -359,12 +359,12 @@ def test_the_command_line(folder: Path) -> None:
 def test_a_wrong_request_is_answered_without_torch(
     arguments: list[str], says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from engine import config
+    from engine import cli
 
     monkeypatch.setattr(sys, "argv", ["predict.py", *arguments])
     monkeypatch.setitem(sys.modules, "predict", None)  # which imports torch: to import it now fails, with exit code 1
     with pytest.raises(SystemExit) as end:
-        config.launch("predict")
+        cli.launch("predict")
     assert end.value.code == 2
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and says in line
