@@ -66,9 +66,8 @@ def main(repeats: int = 5) -> None:
             training.append(trained - began)
             saving.append(time.perf_counter() - trained)
     epoch_time, save_time = statistics.median(training), statistics.median(saving)
-    print(
-        f"CNN epoch {epoch_time:.2f} s, saving best.pt and last.pt {save_time * 1000:.0f} ms: {save_time / epoch_time:.2%}"
-    )
+    share = save_time / epoch_time
+    print(f"CNN epoch {epoch_time:.2f} s, saving best.pt and last.pt {save_time * 1000:.0f} ms: {share:.2%}")
 
 
 if __name__ == "__main__":
