@@ -206,8 +206,9 @@ def _as_it_is(sample: Any) -> Any:
 
 
 def _start_worker(number: int) -> None:
-    """Ctrl-C goes to every process of a terminal; the main process decides when its workers end."""
+    """Ctrl-C and SIGTERM go to every process of a terminal or job; the main process decides when workers end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def cores() -> int:

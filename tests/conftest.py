@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from engine import runs
 from engine.cli import launch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,6 +32,13 @@ class Answer:
         lines = self.err.strip().splitlines()
         assert self.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), (self.code, self.err)
         return lines[0].removeprefix("error: ")
+
+
+@pytest.fixture(autouse=True)
+def no_open_log() -> Iterator[None]:
+    """A run that fails in this process leaves its log open; the next test shall not write into it."""
+    yield
+    runs.stop_log()
 
 
 Call = Callable[..., Answer]

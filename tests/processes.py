@@ -14,7 +14,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["train", "evaluate", "torchvision"])
+_context.set_forkserver_preload(
+    ["train", "evaluate", "predict", "torchvision", "matplotlib.figure", "matplotlib.backends.backend_agg"]
+)
 
 
 @dataclass
