@@ -37,10 +37,13 @@ from torch import Tensor, nn  # noqa: E402
 
 import datasets  # noqa: E402
 import train  # noqa: E402
-from engine import checkpoint  # noqa: E402
+from engine import checkpoint, report, runs  # noqa: E402
 from engine.config import CONFIGS, build, check  # noqa: E402
 from engine.errors import RunError  # noqa: E402
 from engine.loader import Batches, choose_device, load_splits  # noqa: E402
+from engine.metrics import Tally  # noqa: E402
+from engine.saver import Progress, RandomStates, Saver  # noqa: E402
+from engine.schedules import build_schedule  # noqa: E402
 
 Loop = Callable[[], None]  # trains one epoch
 AUGMENTED = (
@@ -135,7 +138,7 @@ class Setup:
 def bare(setup: Setup) -> Loop:
     """One fixed batch, nothing but arithmetic."""
     model, criterion = setup.model(), nn.CrossEntropyLoss()
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    optimizer = build(setup.config["optimizer"], "optimizer", model.parameters())  # the same arithmetic as below
     images = setup.images[: setup.batch_size].float().div(255).to(setup.device)
     labels = setup.labels[: setup.batch_size].to(setup.device)
 
@@ -161,17 +164,28 @@ def this_project(setup: Setup) -> Loop:
     model = setup.model()
     criterion = build(config["criterion"], "criterion")
     optimizer = build(config["optimizer"], "optimizer", model.parameters())
-    scheduler = build(config["scheduler"], "scheduler", optimizer, total_steps=10**6, steps_per_epoch=len(batches))
-    number = 0
-    folder = tempfile.TemporaryDirectory()
+    schedule = build_schedule(config["scheduler"], optimizer, 10**4, len(batches))
+    progress, tally = Progress(), Tally(len(batches), setup.device)
+    parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "scheduler": schedule, "tally": tally}
+    about = {"format": checkpoint.FORMAT, "config": config, "classes": classes, "input_shape": [1, 28, 28]}
+    directory = tempfile.TemporaryDirectory()
+    folder = Path(directory.name)
+    parts |= {"progress": progress, "random": RandomStates()}
+    saver = Saver(folder, about, parts, **config["checkpoint"])
+    curves = report.LiveCurves(folder / "curves.png")
 
-    def epoch() -> None:
-        nonlocal number
-        number += 1
+    def epoch(directory: Any = directory) -> None:  # in step with train.main, less the validation that others lack
         with Terminal():
-            train.train_epoch(model, batches, criterion, optimizer, scheduler, number)  # keep in step with train.main
-        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "classes": classes}
-        checkpoint.write(Path(folder.name) / "last.pt", state)
+            train.train_epoch(model, batches, criterion, optimizer, schedule, tally, progress, saver, config)
+        loss, accuracy = tally.read()
+        row = dict.fromkeys(runs.COLUMNS) | {"epoch": progress.epoch, "train_loss": loss, "train_accuracy": accuracy}
+        row |= {"lr": progress.lr, "seconds": progress.seconds}
+        tally.reset()
+        progress.end_epoch(row)
+        saver.save_best()
+        saver.save_last()
+        runs.write_metrics(folder / "metrics.csv", progress.history)
+        curves.update(progress.history)
         setup.wait()
 
     return epoch
