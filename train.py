@@ -68,7 +68,7 @@ def main(config: dict[str, Any]) -> float:
         "data": fingerprint(splits),
         "environment": environment,
     }
-    progress, tally = Progress(), Tally(steps, device)
+    progress, tally = Progress(), Tally(device)
     parts: dict[str, Any] = {
         "model": model,
         "optimizer": optimizer,

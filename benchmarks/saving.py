@@ -45,7 +45,7 @@ def main(repeats: int = 5) -> None:
     batches = Batches(split, [], config, torch.device("cpu"), training=True)
     model = CNN((1, 28, 28), 10)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-    tally, progress = Tally(len(batches), torch.device("cpu")), Progress()
+    tally, progress = Tally(torch.device("cpu")), Progress()
     schedule = cosine(optimizer, repeats * len(batches), len(batches))
     parts = {"model": model, "optimizer": optimizer, "scheduler": schedule, "tally": tally, "progress": progress}
     about = {"format": checkpoint.FORMAT, "config": config, "classes": [], "input_shape": [1, 28, 28]}

@@ -165,7 +165,7 @@ def this_project(setup: Setup) -> Loop:
     criterion = build(config["criterion"], "criterion")
     optimizer = build(config["optimizer"], "optimizer", model.parameters())
     schedule = build_schedule(config["scheduler"], optimizer, 10**4, len(batches))
-    progress, tally = Progress(), Tally(len(batches), setup.device)
+    progress, tally = Progress(), Tally(setup.device)
     parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "scheduler": schedule, "tally": tally}
     about = {"format": checkpoint.FORMAT, "config": config, "classes": classes, "input_shape": [1, 28, 28]}
     directory = tempfile.TemporaryDirectory()

@@ -17,48 +17,63 @@ def class_of(labels: Tensor) -> Tensor:
 class Tally:
     """Loss and accuracy of a training epoch; nothing here waits for the device until it is read.
 
-    Args:
-        num_batches: in the epoch.
-        device: where losses and logits are.
+    Steps are put aside and counted many at a time: counting each would cost as much as a small model's layer.
     """
 
-    def __init__(self, num_batches: int, device: torch.device) -> None:
-        self.losses = torch.zeros(num_batches, device=device)  # one a step, so that a bad one can be named
-        self.sizes: list[int] = []
-        self.correct = torch.zeros((), dtype=torch.int64, device=device)
+    MOST = 1 << 18  # logits put aside at most
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.reset()
 
     def reset(self) -> None:
         """Begin an epoch."""
-        self.losses.zero_()
-        self.sizes.clear()
-        self.correct.zero_()
+        self.losses: list[Tensor] = []  # `[steps]` each; every step's is kept, so that a bad one can be named
+        self.sizes: list[int] = []
+        self.correct = torch.zeros((), dtype=torch.int64, device=self.device)
+        self._aside: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._logits = 0
 
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
         """Count a step: its mean loss, logits `[batch, num_classes]` and labels."""
-        self.losses[len(self.sizes)] = loss.detach()
-        self.correct += (logits.detach().argmax(1) == class_of(labels)).sum()
+        self._aside.append((loss.detach(), logits.detach(), labels))
+        self._logits += logits.numel()
         self.sizes.append(len(labels))
+        if self._logits > self.MOST:
+            self._count()
+
+    def _count(self) -> None:
+        if self._aside:
+            losses, logits, labels = zip(*self._aside, strict=True)
+            self.losses.append(torch.stack(losses).float())
+            self.correct += (torch.cat(logits).argmax(1) == class_of(torch.cat(labels))).sum()
+            self._aside, self._logits = [], 0
+
+    def _all_losses(self) -> Tensor:
+        self._count()
+        self.losses = [torch.cat(self.losses).cpu()] if self.losses else [torch.zeros(0)]
+        return self.losses[0]
 
     def first_bad_step(self) -> int | None:
         """The first step, from 0, whose loss is not a finite number. Waits for the device."""
-        bad = (~self.losses[: len(self.sizes)].isfinite()).nonzero()
+        bad = (~self._all_losses().isfinite()).nonzero()
         return int(bad[0]) if len(bad) else None
 
     def read(self) -> tuple[float, float]:
         """Mean loss and accuracy (0 to 1) over the samples so far. Waits for the device."""
         sizes = torch.tensor(self.sizes, dtype=torch.float64)
-        loss = (self.losses[: len(sizes)].cpu().double() * sizes).sum() / sizes.sum()
+        loss = (self._all_losses().double() * sizes).sum() / sizes.sum()
         return float(loss), int(self.correct) / int(sizes.sum())
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint in the middle of an epoch keeps."""
-        return {"losses": self.losses[: len(self.sizes)].cpu(), "sizes": list(self.sizes), "correct": int(self.correct)}
+        return {"losses": self._all_losses(), "sizes": list(self.sizes), "correct": int(self.correct)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state_dict()`."""
         self.reset()
+        self.losses.append(state["losses"])
         self.sizes += state["sizes"]
-        self.losses[: len(self.sizes)] = state["losses"]
         self.correct.fill_(state["correct"])
 
 
