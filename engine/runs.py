@@ -235,6 +235,7 @@ def stop_log() -> None:
     for handler in log.handlers[:]:
         log.removeHandler(handler)
         handler.close()
+    log.propagate = True
 
 
 def write_text(path: Path, text: str) -> None:
