@@ -26,6 +26,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from engine.cli import SPINS  # noqa: E402
+
+os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # as the program does, before torch is imported
+
 import numpy as np  # noqa: E402  (the project is found first)
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402

@@ -29,6 +29,10 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+from engine.cli import SPINS  # noqa: E402
+
+os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # as the program does, before torch is imported
 os.chdir(ROOT)
 
 import torch  # noqa: E402  (the project is found first)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -403,7 +402,7 @@ class Batches:
             )
         in_memory = isinstance(split.part, tuple)
         alone = _run_alone(parsed, in_memory)
-        self.later = list(enumerate(parsed))[alone:]  # batches of these run on the device
+        self.later = list(enumerate(parsed))[alone:]  # these run on batches, on the device
         self.draws = any(transform.random for _, transform in self.later)
         self.resident: tuple[Tensor, Tensor] | None = None
         self.workers: Workers | None = None
@@ -415,8 +414,12 @@ class Batches:
         elif in_memory and alone == 0:
             self.resident = _place(split.part, device)
         else:
-            asked = config["num_workers"]
-            self.workers = Workers(reader, cores() if asked is None else asked, device.type == "cuda")
+            count = cores() if config["num_workers"] is None else config["num_workers"]
+            if count and device.type == "cpu":
+                # In the workers as well: here torch's threads would take the cores that the workers need.
+                reader.finish_with(self.later)
+                self.later, self.draws = [], False
+            self.workers = Workers(reader, count, device.type == "cuda")
             if isinstance(split.part, datasets.ImageFiles) and alone == 0:
                 _check_sizes(split, option)
 
@@ -478,21 +481,17 @@ class Batches:
             source = self._gather(order)
         else:
             source = self._read(epoch, order)
-        share_cores = self.workers is not None and self.workers.count > 0 and self.device.type == "cpu"
         done, group = 0, self.batch_size * max(1, AHEAD // self.batch_size)
         for images, labels in source:
-            with one_thread() if share_cores else nullcontext():
-                if self.draws:
-                    if done % group == 0:
-                        numbers = torch.arange(
-                            first + done, first + done + group
-                        )  # a stream's samples are only numbered
-                        ahead = Draws(self.seed, epoch, numbers if order is None else order[done : done + group])
-                    images = apply(self.later, images, ahead.window(done % group, len(images)))
-                    done += len(images)
-                elif self.later:
-                    images = apply(self.later, images, None)
-                images = to_float(images)
+            if self.draws:
+                if done % group == 0:
+                    numbers = torch.arange(first + done, first + done + group)  # a stream's samples are only numbered
+                    ahead = Draws(self.seed, epoch, numbers if order is None else order[done : done + group])
+                images = apply(self.later, images, ahead.window(done % group, len(images)))
+                done += len(images)
+            elif self.later:
+                images = apply(self.later, images, None)
+            images = to_float(images)
             if target_transform is not None:
                 labels = self._targets(target_transform, labels)
             yield images, labels
@@ -592,21 +591,6 @@ class Batches:
             if not self.reader.skip_unreadable:
                 raise RunError(found.message)
         raise RunError(f"none of the {len(self.split)} images can be read")
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Have torch use one thread inside.
-
-    After a parallel operation torch's threads keep their cores busy for milliseconds, waiting for the next one; with
-    worker processes that need these cores, transforming a batch in parallel costs more than it gains.
-    """
-    count = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(count)
 
 
 def _run_alone(transforms: Sequence[Any], in_memory: bool) -> int:

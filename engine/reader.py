@@ -56,6 +56,12 @@ class Reader(Dataset):
         self.is_ours = isinstance(part, (tuple, datasets.ImageFiles))  # draws nothing at random while reading
         self.draws = any(transform.random for transform in transforms)
         self.size = resized_to(transforms)
+        self.finishes = False
+        self.later: Sequence[tuple[int, Any]] = ()
+
+    def finish_with(self, later: Sequence[tuple[int, Any]]) -> None:
+        """Apply these transforms to each batch too, and give floats; they come with their places in the YAML's list."""
+        self.finishes, self.later = True, later
 
     def __getitem__(self, asked: tuple[int, Tensor]) -> tuple[Tensor, Tensor, list[str]] | Failure:
         """(images, labels, what was skipped) of the samples of (epoch, indices)."""
@@ -65,6 +71,8 @@ class Reader(Dataset):
                     images, labels, skipped = self._read(*asked)
             else:
                 images, labels, skipped = self._read(*asked)
+            if self.finishes:
+                images = to_float(apply(self.later, images, Draws(self.seed, *asked)))
             if get_worker_info() is not None:
                 _share(images)
             return images, labels, skipped
