@@ -25,7 +25,7 @@ def main(config: dict[str, Any]) -> float:
         the accuracy, 0 to 1.
     """
     device = choose_device(config["device"])
-    path = Path(config["checkpoint"]) if config["checkpoint"] else runs.newest() / "best.pt"
+    path = Path(config["checkpoint"]) if config["checkpoint"] else runs.newest_best()
     saved = checkpoint.read(path)
     output = Path(config["output"]) if config["output"] else path.parent / "evaluation.json"
     if output.is_dir() or not os.access(output.parent, os.W_OK):

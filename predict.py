@@ -53,7 +53,7 @@ def main(config: dict[str, Any]) -> None:
         raise RequestError("images: there is nothing to predict" + (f" ({problems[0]})" if problems else ""))
 
     # The model, and what is done to an image before it.
-    path = Path(config["checkpoint"]) if config["checkpoint"] else runs.newest() / "best.pt"
+    path = Path(config["checkpoint"]) if config["checkpoint"] else runs.newest_best()
     saved = checkpoint.read(path)
     if "config" not in saved:
         raise RequestError(

@@ -215,6 +215,21 @@ def newest() -> Path:
     return RUNS / latest.resolve().relative_to(RUNS.resolve())
 
 
+def newest_best() -> Path:
+    """best.pt of the newest run, which evaluation and prediction take when no checkpoint is named.
+
+    Raises:
+        RequestError: there is no run yet, or it was stopped before its first epoch was done.
+    """
+    directory = newest()
+    if not (directory / "best.pt").is_file():
+        raise RequestError(
+            f"{directory} has no best.pt: no epoch of it was finished; go on with python train.py resume={directory}, "
+            "or say checkpoint=PATH"
+        )
+    return directory / "best.pt"
+
+
 def start_log(file: Path) -> None:
     """Send the log to standard output and, with times, to a file."""
     stop_log()
