@@ -35,17 +35,24 @@ def main(config: dict[str, Any]) -> float:
         the best validation accuracy (0 to 1), or the last training accuracy without a validation part; for sweepers.
     """
     # Data.
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # as torchrun sets it; every process would train a run of its own
+        raise RequestError(
+            f"started as {os.environ['WORLD_SIZE']} processes; a run is one process, start it without torchrun"
+        )
     runs.check_name(config)
     device = choose_device(config["device"])
     if config["deterministic"]:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS wants it before its first use
-        torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(config["deterministic"])
     data = config["dataset"]
     splits, classes = load_splits(data)
     train_batches = Batches(splits["train"], data["train_transforms"], config, device, training=True)
     val_batches = Batches(splits["val"], data["eval_transforms"], config, device) if "val" in splits else None
     test_batches = Batches(splits["test"], data["eval_transforms"], config, device)
     input_shape = train_batches.sample_shape()
+    if test_batches.sample_shape() != input_shape:
+        shapes = f"{list(input_shape)} for training and {list(test_batches.sample_shape())} for testing"
+        raise RequestError(f"images come out as {shapes}; make dataset.train_transforms and eval_transforms agree")
 
     # Model, loss, optimizer, schedule.
     torch.manual_seed(config["seed"])

@@ -205,3 +205,15 @@ def test_cuda_where_there_is_none(call: Call) -> None:
 def test_runs_cannot_be_made_here(call: Call, tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("a file where the folder should be")
     assert str(tmp_path / "checkpoints") in call("train", "debug=fast").error
+
+
+def test_training_and_test_images_of_different_sizes_are_refused(call: Call, tmp_path: Path) -> None:
+    error = call("train", "dataset.train_transforms=[{RandomCrop:{size:6}}]").error
+    assert "[1, 6, 6] for training and [1, 8, 8] for testing" in error
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_several_processes_are_refused(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "without torchrun" in call("train").error
+    assert not (tmp_path / "checkpoints").exists()
