@@ -50,7 +50,7 @@ def main(repeats: int = 5) -> None:
     parts = {"model": model, "optimizer": optimizer, "scheduler": schedule, "tally": tally, "progress": progress}
     about = {"format": checkpoint.FORMAT, "config": config, "classes": [], "input_shape": [1, 28, 28]}
     training, saving = [], []
-    with tempfile.TemporaryDirectory(dir=".") as folder:
+    with tempfile.TemporaryDirectory(dir="checkpoints") as folder:
         saver = Saver(Path(folder), about, {**parts, "random": RandomStates()}, None, None)
         for epoch in range(1, repeats + 1):
             began = time.perf_counter()
