@@ -9,7 +9,6 @@ transform has to see one at a time, are read in worker processes; an iterable-st
 
 from __future__ import annotations
 
-import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -32,7 +31,6 @@ from engine.augment import (
     name_and_arguments,
     own_randomness,
     per_image,
-    resized_to,
     sample_seed,
     seed_everything,
     to_float,
@@ -324,37 +322,6 @@ def parse_transforms(listed: Sequence[Any], option: str) -> list[Any]:
             raise RequestError(f"{option}: there is no transform {name!r}{did_you_mean(str(name), known)}")
         transforms.append(transform)
     return transforms
-
-
-def read_as_evaluated(
-    path: str | os.PathLike[str], eval_transforms: Sequence[Any], input_shape: Sequence[int]
-) -> Tensor:
-    """An image file as evaluation gives it to the model, float `[channels, height, width]`.
-
-    Args:
-        path: the image file.
-        eval_transforms: the YAML's list.
-        input_shape: (channels, height, width) of the model's images; a list without Resize gets one to this size first.
-
-    Raises:
-        RequestError: it cannot be read, or does not come out in `input_shape`.
-    """
-    transforms = parse_transforms(eval_transforms, "dataset.eval_transforms")
-    if not any(isinstance(transform, (Resize, PerImage)) for transform in transforms):
-        transforms.insert(0, Resize(list(input_shape[1:])))
-    size = resized_to(transforms)
-    image = datasets.read_image(path, input_shape[0], at_least=size)[None]
-    try:
-        with own_randomness():
-            image = to_float(apply(list(enumerate(transforms)), image, Draws(0, 0, torch.zeros(1, dtype=torch.int64))))
-    except RunError as error:
-        raise RequestError(f"{path}: {error}") from None
-    if list(image.shape[1:]) != list(input_shape):
-        raise RequestError(
-            f"{path}: comes out as {list(image.shape[1:])}, the model takes {list(input_shape)}; "
-            "set dataset.eval_transforms"
-        )
-    return image[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset, IterableDataset, WeightedRandomSampler
 
 import datasets
 from engine.errors import RequestError, RunError
-from engine.loader import Batches, load_splits, parse_transforms, read_as_evaluated
+from engine.loader import Batches, load_splits, parse_transforms
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -437,17 +437,6 @@ def test_images_of_different_sizes_need_a_resize(photos):
     batches = batches_of(photo_settings(photos, train_transforms=[{"Resize": {"size": 16}}]))  # keeps the proportions
     with pytest.raises(RunError, match=r"images of different sizes: .* put Resize: \{size: \[height, width\]\} first"):
         list(batches.epoch(1))
-
-
-def test_one_file_comes_out_as_evaluation_sees_it(photos):
-    transforms = [RESIZE, {"Normalize": {"mean": [0.5] * 3, "std": [0.2] * 3}}]
-    batches = batches_of(photo_settings(photos), split="test", transforms=transforms, training=False)
-    images = torch.cat([images for images, _ in batches])
-    for path, image in zip(batches.split.part.paths, images, strict=True):
-        assert torch.equal(read_as_evaluated(path, transforms, (3, 16, 16)), image)
-    assert list(read_as_evaluated(path, [], (1, 9, 7)).shape) == [1, 9, 7]
-    with pytest.raises(RequestError, match=r"comes out as \[3, 16, 16\], the model takes \[3, 20, 20\]"):
-        read_as_evaluated(path, transforms, (3, 20, 20))
 
 
 def test_a_worker_that_dies_is_told_in_one_line():
