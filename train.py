@@ -8,6 +8,7 @@ from engine.cli import launch
 if __name__ == "__main__":
     launch("train")  # answers help, completion and typos, and only then imports torch and calls main() below
 
+import gc
 import os
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,7 @@ def main(config: dict[str, Any]) -> float:
         runs.save_config(directory, config)
 
     # The epochs.
+    gc.freeze()  # what there is by now stays; looking through it again and again would take 0.2 s each time
     trackers = Trackers(config, directory, next_epoch=progress.epoch)
     with report.LiveCurves(directory / "curves.png") as curves, trackers, saver:
         while progress.epoch <= config["epochs"] and not stop_early(progress, config["early_stopping"]["patience"]):
@@ -97,16 +99,14 @@ def main(config: dict[str, Any]) -> float:
             train_loss, train_accuracy = tally.read()
             row: dict[str, Any] = {"epoch": progress.epoch, "train_loss": train_loss, "train_accuracy": train_accuracy}
             row |= {"val_loss": None, "val_accuracy": None, "lr": progress.lr, "seconds": progress.seconds}
-            row["images_per_second"] = sum(tally.sizes) / row["seconds"]
+            row["images_per_second"] = tally.samples / row["seconds"]
             if val_batches:
                 row["val_loss"], confusion = evaluate(model, saver.watch(val_batches), len(classes))
                 row["val_accuracy"] = accuracy(confusion)
 
             saver.check(row["val_loss"])
             tally.reset()
-            if progress.end_epoch(row):
-                saver.save_best()
-            saver.save_last()
+            saver.save_epoch(best=progress.end_epoch(row))
             runs.write_metrics(directory / "metrics.csv", progress.history)
             curves.update(progress.history)
             trackers.epoch(row)

@@ -61,8 +61,8 @@ def main(repeats: int = 5) -> None:
                 optimizer.step()
             trained = time.perf_counter()
             progress.best = {"epoch": epoch}
-            saver.save_best()
-            saver.save_last()
+            saver.check()
+            saver.save_epoch(best=True)
             training.append(trained - began)
             saving.append(time.perf_counter() - trained)
     epoch_time, save_time = statistics.median(training), statistics.median(saving)

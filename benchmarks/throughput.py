@@ -15,6 +15,7 @@ whole epoch. The loops take turns, so that a machine that slows down slows them 
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib.util
 import os
 import platform
@@ -185,10 +186,9 @@ def this_project(setup: Setup) -> Loop:
         loss, accuracy = tally.read()
         row = dict.fromkeys(runs.COLUMNS) | {"epoch": progress.epoch, "train_loss": loss, "train_accuracy": accuracy}
         row |= {"lr": progress.lr, "seconds": progress.seconds}
+        saver.check()
         tally.reset()
-        progress.end_epoch(row)
-        saver.save_best()
-        saver.save_last()
+        saver.save_epoch(best=progress.end_epoch(row))
         began = time.perf_counter()
         runs.write_metrics(folder / "metrics.csv", progress.history)
         curves.update(progress.history)
@@ -387,11 +387,12 @@ def measure_section(name: str, rounds: int, samples: int | None, device: str) ->
             continue
         loops[label] = make(setup)
     print(f"\n{name}, batch {batch_size}, {len(setup.labels):,} samples, {rounds} rounds, {setup.device}")
+    gc.freeze()  # as train.py does, here to the good of all
     SHOWING.clear()
-    began = time.perf_counter()
-    print(table(take_turns(loops, rounds)), flush=True)
-    # The picture is drawn by the clock, whoever's turn it is, so its share is one of the whole time.
-    print(f"pictures and CSV: {sum(SHOWING) / (time.perf_counter() - began):.2%} of the time", flush=True)
+    seconds = take_turns(loops, rounds)
+    print(table(seconds), flush=True)
+    share = sum(SHOWING) / sum(seconds["this project"])  # of a run that has just begun: its first picture comes later
+    print(f"CSV and pictures: {share:.2%} of this project's time", flush=True)
 
 
 def measure_help(rounds: int) -> None:

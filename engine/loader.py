@@ -9,6 +9,7 @@ transform has to see one at a time, are read in worker processes; an iterable-st
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -45,6 +46,7 @@ COMMON = ("val_fraction", "limit", "train_transforms", "eval_transforms", "targe
 OF_FILES = ("skip_unreadable", "cache", "cache_dir")
 
 AHEAD = 8192  # samples whose random numbers are drawn at once
+GATHER = 1 << 21  # bytes of float images that are made at once: small batches cost less together
 
 
 def choose_device(name: str) -> torch.device:
@@ -372,6 +374,7 @@ class Batches:
         self.later = list(enumerate(parsed))[alone:]  # these run on batches, on the device
         self.draws = any(transform.random for _, transform in self.later)
         self.resident: tuple[Tensor, Tensor] | None = None
+        self.together = self.batch_size  # samples that are gathered and transformed at once: whole batches
         self.workers: Workers | None = None
         self._stream: Stream | None = None
         reader = Reader(split.part, parsed[:alone], self.seed, split.num_classes, training and split.skip_unreadable)
@@ -380,6 +383,9 @@ class Batches:
             self._stream = Stream(reader)
         elif in_memory and alone == 0:
             self.resident = _place(split.part, device)
+            size = self.batch_size * 4 * math.prod(self.sample_shape())  # of a batch, as floats
+            if size % 64 == 0:  # so every batch lies as it would alone: arithmetic may depend on where memory begins
+                self.together *= max(1, GATHER // size)
         else:
             count = cores() if config["num_workers"] is None else config["num_workers"]
             if count and device.type == "cpu":
@@ -448,7 +454,7 @@ class Batches:
             source = self._gather(order)
         else:
             source = self._read(epoch, order)
-        done, group = 0, self.batch_size * max(1, AHEAD // self.batch_size)
+        done, group = 0, self.together * max(1, AHEAD // self.together)
         for images, labels in source:
             if self.draws:
                 if done % group == 0:
@@ -459,18 +465,17 @@ class Batches:
             elif self.later:
                 images = apply(self.later, images, None)
             images = to_float(images)
-            if target_transform is not None:
-                labels = self._targets(target_transform, labels)
-            yield images, labels
+            for x, y in zip(images.split(self.batch_size), labels.split(self.batch_size), strict=True):
+                yield x, y if target_transform is None else self._targets(target_transform, y)
 
     __iter__ = epoch
 
     def _gather(self, order: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of samples that are in memory."""
+        """Batches of samples that are in memory, `together` samples at once."""
         images, labels = self.resident  # type: ignore[misc]
         order = order.to(images.device)
-        indices, labels = order.split(self.batch_size), labels.index_select(0, order)
-        batches = ((images.index_select(0, i), y) for i, y in zip(indices, labels.split(self.batch_size), strict=True))
+        indices, labels = order.split(self.together), labels.index_select(0, order)
+        batches = ((images.index_select(0, i), y) for i, y in zip(indices, labels.split(self.together), strict=True))
         return batches if images.device.type == self.device.type else self._copied_ahead(batches)
 
     def _read(self, epoch: int, order: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

@@ -28,8 +28,9 @@ class Tally:
 
     def reset(self) -> None:
         """Begin an epoch."""
-        self.losses: list[Tensor] = []  # `[steps]` each; every step's is kept, so that a bad one can be named
-        self.sizes: list[int] = []
+        self.samples = 0
+        self.losses: list[Tensor] = []  # `[steps]` each, on the device; all are kept, to name a bad one
+        self.sizes: list[Tensor] = []  # as many, on the CPU: the samples of each step
         self.correct = torch.zeros((), dtype=torch.int64, device=self.device)
         self._aside: list[tuple[Tensor, Tensor, Tensor]] = []
         self._logits = 0
@@ -37,8 +38,8 @@ class Tally:
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
         """Count a step: its mean loss, logits `[batch, num_classes]` and labels."""
         self._aside.append((loss.detach(), logits.detach(), labels))
+        self.samples += len(labels)
         self._logits += logits.numel()
-        self.sizes.append(len(labels))
         if self._logits > self.MOST:
             self._count()
 
@@ -46,34 +47,38 @@ class Tally:
         if self._aside:
             losses, logits, labels = zip(*self._aside, strict=True)
             self.losses.append(torch.stack(losses).float())
+            self.sizes.append(torch.tensor([len(y) for y in labels]))
             self.correct += (torch.cat(logits).argmax(1) == class_of(torch.cat(labels))).sum()
             self._aside, self._logits = [], 0
 
-    def _all_losses(self) -> Tensor:
+    def _steps(self) -> tuple[Tensor, Tensor]:
+        """Losses and sizes of the steps so far, `[steps]`, on the CPU."""
         self._count()
-        self.losses = [torch.cat(self.losses).cpu()] if self.losses else [torch.zeros(0)]
-        return self.losses[0]
+        if not self.losses:
+            return torch.zeros(0), torch.zeros(0, dtype=torch.int64)
+        self.losses, self.sizes = [torch.cat(self.losses)], [torch.cat(self.sizes)]
+        return self.losses[0].cpu(), self.sizes[0]
 
     def first_bad_step(self) -> int | None:
         """The first step, from 0, whose loss is not a finite number. Waits for the device."""
-        bad = (~self._all_losses().isfinite()).nonzero()
+        bad = (~self._steps()[0].isfinite()).nonzero()
         return int(bad[0]) if len(bad) else None
 
     def read(self) -> tuple[float, float]:
         """Mean loss and accuracy (0 to 1) over the samples so far. Waits for the device."""
-        sizes = torch.tensor(self.sizes, dtype=torch.float64)
-        loss = (self._all_losses().double() * sizes).sum() / sizes.sum()
-        return float(loss), int(self.correct) / int(sizes.sum())
+        losses, sizes = self._steps()
+        return float((losses.double() * sizes).sum() / self.samples), int(self.correct) / self.samples
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint in the middle of an epoch keeps."""
-        return {"losses": self._all_losses(), "sizes": list(self.sizes), "correct": int(self.correct)}
+        losses, sizes = self._steps()
+        return {"losses": losses, "sizes": sizes, "correct": int(self.correct)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state_dict()`."""
         self.reset()
-        self.losses.append(state["losses"])
-        self.sizes += state["sizes"]
+        self.losses, self.sizes = [state["losses"].to(self.device)], [torch.as_tensor(state["sizes"])]
+        self.samples = int(self.sizes[0].sum())
         self.correct.fill_(state["correct"])
 
 

@@ -28,26 +28,28 @@ class Bar:
                 desc=f"{sweep.label}  {title}".strip(),
                 leave=False,
                 dynamic_ncols=True,
-                mininterval=REFRESH,
+                mininterval=0,
                 bar_format=layout,
             )
         self.tally, self.optimizer = tally, optimizer
-        self.began, self.before = time.perf_counter(), sum(tally.sizes)
+        self.steps = 0  # not told to tqdm yet
+        self.began, self.before = time.perf_counter(), tally.samples
         self.next = self.began + REFRESH
 
     def update(self) -> None:
         """Count a step."""
         if self.bar is None:
             return
+        self.steps += 1
         now = time.perf_counter()
         if now >= self.next:
             loss, accuracy = self.tally.read()
-            rate = (sum(self.tally.sizes) - self.before) / (now - self.began)
+            rate = (self.tally.samples - self.before) / (now - self.began)
             lr = self.optimizer.param_groups[0]["lr"]
             text = f"loss {loss:.4f}, accuracy {accuracy:.2%}, lr {lr:.2g}, {rate:,.0f} images/s"
             self.bar.set_postfix_str(text, refresh=False)
-            self.next = now + REFRESH
-        self.bar.update()
+            self.bar.update(self.steps)
+            self.steps, self.next = 0, now + REFRESH
 
     def close(self) -> None:
         """Take the bar off the screen; the epoch's line follows."""

@@ -166,7 +166,7 @@ def curves(history: Sequence[dict[str, Any]], path: Path) -> bool:
 
 
 class LiveCurves:
-    """curves.png, kept current during training for at most a hundredth of its time.
+    """curves.png, kept current during training for at most a hundredth of the epochs' time.
 
     with LiveCurves(directory / "curves.png") as live:
         for ...:
@@ -176,14 +176,14 @@ class LiveCurves:
 
     Args:
         path: of the PNG.
-        share: of the run's time that drawing may take, above 0.
+        share: of the epochs' time that drawing may take, above 0.
     """
 
     FIRST_SECONDS = 0.5  # what the first drawing is expected to take, with the import of matplotlib
 
     def __init__(self, path: Path, share: float = 0.01) -> None:
         self.path, self.share = path, share
-        self.due = time.perf_counter() + self.FIRST_SECONDS / share
+        self.cost, self.trained = self.FIRST_SECONDS, 0.0  # seconds a drawing takes, and of epochs since the last
         self.history: Sequence[dict[str, Any]] = ()
         self.waiting = False
         self.failed = False
@@ -191,14 +191,14 @@ class LiveCurves:
     def update(self, history: Sequence[dict[str, Any]]) -> None:
         """Take in the rows of metrics.csv, and draw them if it is time."""
         self.history, self.waiting = history, True
-        if time.perf_counter() >= self.due and not self.failed:
+        self.trained += history[-1]["seconds"]
+        if self.trained * self.share >= self.cost and not self.failed:
             self._draw()
 
     def _draw(self) -> None:
         began = time.perf_counter()
         self.failed = not curves(self.history, self.path)  # said once, not after every epoch
-        ended = time.perf_counter()
-        self.due, self.waiting = ended + (ended - began) / self.share, False
+        self.cost, self.trained, self.waiting = time.perf_counter() - began, 0.0, False
 
     def __enter__(self) -> LiveCurves:
         return self

@@ -226,19 +226,28 @@ class Saver:
             "try a lower learning rate (optimizer.lr), or clip_grad_norm=1"
         )
 
+    def save_epoch(self, best: bool) -> None:
+        """Write last.pt at the end of an epoch that `check` found good; before it best.pt, which it names the epoch of.
+
+        Args:
+            best: whether the epoch is the best so far; best.pt holds its weights and what evaluation needs.
+        """
+        if best:
+            state = {"model": self.parts["model"].state_dict(), "epoch": self.progress.best["epoch"]}
+            checkpoint.write(self.directory / "best.pt", {**self.about, **state, "metrics": self.progress.best})
+        self._write_last()
+
     def save_last(self) -> None:
-        """Write last.pt, the one before it becomes previous.pt."""
+        """Write last.pt within an epoch."""
         self.check()
+        self._write_last()
+
+    def _write_last(self) -> None:
+        """Write last.pt, the one before it becomes previous.pt."""
         last = self.directory / "last.pt"
         state = {**self.about, **{name: part.state_dict() for name, part in self.parts.items()}}
         checkpoint.write(last, state, keep=self.directory / "previous.pt")
         self._saved = time.monotonic()
-
-    def save_best(self) -> None:
-        """Write best.pt: the weights and what evaluation needs. Before last.pt, which says which epoch is the best."""
-        self.check()
-        state = {"model": self.parts["model"].state_dict(), "epoch": self.progress.best["epoch"]}
-        checkpoint.write(self.directory / "best.pt", {**self.about, **state, "metrics": self.progress.best})
 
     def restore(self, changed: list[str]) -> None:
         """Put every part where last.pt left it, or the one before it if that is damaged.

@@ -168,6 +168,17 @@ def test_batches_in_memory_are_the_samples_in_the_order_of_the_epoch():
     assert number == 2 and not torch.equal(order, batches.order(5))
 
 
+def odd_sizes():
+    images = torch.arange(20 * 75, dtype=torch.int64).remainder(256).to(torch.uint8).view(20, 3, 5, 5)
+    return datasets.ImageData((images, torch.zeros(20, dtype=torch.int64)), (images, torch.arange(20) % 2), ["a", "b"])
+
+
+@pytest.mark.parametrize("function", ["in_memory", "odd_sizes"])
+def test_every_batch_begins_at_a_multiple_of_64_bytes(function):  # else a resumed run could round in another way
+    for images, _ in batches_of(settings(function), batch_size=3).epoch(1):
+        assert images.data_ptr() % 64 == 0
+
+
 def test_samples_that_do_not_fit_on_the_device_are_copied_one_batch_ahead():
     batches = batches_of(settings("in_memory"), batch_size=16)
     pairs = list(batches.epoch(1))
