@@ -262,6 +262,9 @@ def _download(name: str, root: str, layout: str) -> None:
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 ORIENTATION = 0x0112  # the EXIF tag that says how the camera was held; 1 is upright
+# Of odd metadata, and of bytes that count as read-only. Once for all: for each image it would take a part of its time.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
 MAX_PIXELS = 64_000_000  # more in one file is taken for a decompression bomb; 8000x8000
 
 
@@ -289,21 +292,20 @@ def read_image(
     """
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # ours names the size and the file
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd metadata, and of bytes that count as read-only
-            with Image.open(path) as image:
-                width, height = image.size
-                if width * height > max_pixels:
-                    raise RequestError(
-                        f"{path}: {width}x{height} pixels are more than the {max_pixels:,} allowed; "
-                        "make it smaller or remove it (for training, dataset.max_pixels is the limit)"
-                    )
-                if at_least is not None and image.format == "JPEG":
-                    side = 2 * max(at_least)  # square, as EXIF may still turn it
-                    image.draft("L" if channels == 1 and image.mode == "L" else "RGB", (side, side))
-                if image.getexif().get(ORIENTATION, 1) != 1:
-                    ImageOps.exif_transpose(image, in_place=True)
-                pixels = torch.from_numpy(_eight_bits(image, channels))
+        with Image.open(path) as image:
+            width, height = image.size
+            if width * height > max_pixels:
+                raise RequestError(
+                    f"{path}: {width}x{height} pixels are more than the {max_pixels:,} allowed; "
+                    "make it smaller or remove it (for training, dataset.max_pixels is the limit)"
+                )
+            if at_least is not None and image.format == "JPEG":
+                side = 2 * max(at_least)  # square, as EXIF may still turn it
+                image.draft("L" if channels == 1 and image.mode == "L" else "RGB", (side, side))
+            said = image.format != "JPEG" or "exif" in image.info or "xmp" in image.info  # looking takes time
+            if said and image.getexif().get(ORIENTATION, 1) != 1:
+                ImageOps.exif_transpose(image, in_place=True)
+            pixels = torch.from_numpy(_eight_bits(image, channels))
     except RequestError:
         raise
     except FileNotFoundError:

@@ -112,7 +112,7 @@ def _to(numbers: Tensor, device: torch.device) -> Tensor:
 
 def to_float(images: Tensor) -> Tensor:
     """uint8 0 to 255 as float32 0 to 1, bit by bit what torchvision's `ToTensor` does; floats as they are."""
-    return images if images.is_floating_point() else torch.div(images, 255)
+    return images if images.is_floating_point() else images.float().div_(255)
 
 
 def random_states() -> tuple[Any, ...]:

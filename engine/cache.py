@@ -12,6 +12,7 @@ import math
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from engine.augment import Resize, to_float
 from engine.errors import RequestError, RunError, one_line
-from engine.reader import Failure, Reader, Workers, cores
+from engine.reader import Reader, Workers, cores
 
 FORMAT = 1
 BATCH = 64  # images a worker decodes before it sends them
@@ -118,7 +119,7 @@ def _difference(kept: list[Any], now: list[Any]) -> str:
 def _write(files: Any, resize: Resize | None, sidecar: Path, described: dict[str, Any], skip_unreadable: bool) -> None:
     """Decode everything in worker processes and write it, then the JSON, then remove what it replaces."""
     reader = _CacheReader(files, resize)
-    workers = Workers(reader, cores() if len(files) > 4 * BATCH else 0, pin=False)
+    workers = Workers(reader, cores() if len(files) > 4 * BATCH else 0, BATCH)
     shape: list[int] | None = None
     unreadable: dict[int, str] = {}
     with tempfile.NamedTemporaryFile(
@@ -126,24 +127,25 @@ def _write(files: Any, resize: Resize | None, sidecar: Path, described: dict[str
     ) as file:
         data = Path(file.name)
         try:
-            for batch in workers.read(0, torch.arange(len(files)).split(BATCH)):
-                decoded: list[tuple[int, Any]] = list(batch)  # type: ignore[arg-type]
-                for row, image in decoded:
-                    if isinstance(image, Failure):
-                        if not skip_unreadable:
-                            raise RequestError(
-                                f"{image.message} (dataset.skip_unreadable=true leaves it out of training)"
-                            )
-                        unreadable[row] = image.message
+            for images, rows, failures in workers.read(0, torch.arange(len(files)).split(BATCH)):
+                if failures and not skip_unreadable:
+                    message = next(iter(failures.values()))
+                    raise RequestError(f"{message} (dataset.skip_unreadable=true leaves it out of training)")
+                unreadable |= failures
+                if len(failures) == len(rows):
+                    continue
+                if shape is None:
+                    shape = [len(files), *images.shape[1:]]
+                    _check_room(sidecar.parent, math.prod(shape))
+                if list(images.shape[1:]) != shape[1:]:
+                    raise RequestError(
+                        f"images of different sizes: {files.paths[int(rows[0])]} is {list(images.shape[1:])}, not "
+                        f"{shape[1:]}; "
+                        "put Resize: {size: [height, width]} first in dataset.train_transforms and eval_transforms"
+                    )
+                for row, image in zip(rows.tolist(), images, strict=True):
+                    if row in failures:
                         continue
-                    if shape is None:
-                        shape = [len(files), *image.shape]
-                        _check_room(sidecar.parent, math.prod(shape))
-                    if list(image.shape) != shape[1:]:
-                        raise RequestError(
-                            f"images of different sizes: {files.paths[row]} is {list(image.shape)}, not {shape[1:]}; "
-                            "put Resize: {size: [height, width]} first in dataset.train_transforms and eval_transforms"
-                        )
                     file.seek(row * image.numel())
                     file.write(image.numpy().data)
             if shape is None:
@@ -173,17 +175,26 @@ def _check_room(folder: Path, size: int) -> None:
 
 
 class _CacheReader(Reader):
-    """Batches of (row, image or Failure), so that one bad file or size does not hide the others."""
+    """Batches of images as bytes, their rows, and {row: message} of those that cannot be read."""
 
     def __init__(self, files: Any, resize: Resize | None) -> None:
         super().__init__(files, [] if resize is None else [resize], 0, 0, False)
 
-    def __getitem__(self, asked: tuple[int, Tensor]) -> Any:
-        return [(row, self._one(row)) for row in asked[1].tolist()]
-
-    def _one(self, row: int) -> Tensor | Failure:
+    def read(self, epoch: int, indices: Tensor, into: Tensor | None = None) -> Any:
+        failures: dict[int, str] = {}
         try:
-            image = self._transform(self.part.read(row, self.size), None, 0)
-        except RunError as error:
-            return Failure(str(error))
-        return (image if image.dtype == torch.uint8 else to_float(image).mul(255).round().to(torch.uint8)).contiguous()
+            images, _ = self._batch(self._readable(indices, failures), indices, into)
+        except RunError:
+            if len(failures) < len(indices):
+                raise
+            images = torch.zeros(0)
+        return images, indices, failures
+
+    def _readable(self, indices: Tensor, failures: dict[int, str]) -> Iterator[tuple[int, Tensor, int]]:
+        for place, row in enumerate(indices.tolist()):
+            try:
+                image = self._transform(self.part.read(row, self.size), None, 0)
+            except RunError as error:
+                failures[row] = str(error)
+                continue
+            yield place, image if image.dtype == torch.uint8 else to_float(image).mul(255).round().to(torch.uint8), row

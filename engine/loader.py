@@ -38,7 +38,7 @@ from engine.augment import (
 )
 from engine.config import build, did_you_mean, locate
 from engine.errors import RequestError, RunError, one_line
-from engine.reader import Failure, Reader, Stream, Workers, cores
+from engine.reader import Reader, Stream, Workers, cores
 from engine.runs import log
 
 # Settings of every dataset, and those of file datasets, that are used here and not by the dataset's function.
@@ -388,11 +388,7 @@ class Batches:
                 self.together *= max(1, GATHER // size)
         else:
             count = cores() if config["num_workers"] is None else config["num_workers"]
-            if count and device.type == "cpu":
-                # In the workers as well: here torch's threads would take the cores that the workers need.
-                reader.finish_with(self.later)
-                self.later, self.draws = [], False
-            self.workers = Workers(reader, count, device.type == "cuda")
+            self.workers = Workers(reader, count, self.batch_size)
             if isinstance(split.part, datasets.ImageFiles) and alone == 0:
                 _check_sizes(split, option)
 
@@ -557,11 +553,12 @@ class Batches:
             images, labels = self.resident
             return images[self.split.indices[:1].to(images.device)].to(self.device), labels[:1]
         for index in self.split.indices.split(1):
-            found = self.reader[(1, index)]
-            if not isinstance(found, Failure):
-                return found[0].to(self.device), found[1]
-            if not self.reader.skip_unreadable:
-                raise RunError(found.message)
+            try:
+                images, labels, _ = self.reader.read(1, index)
+                return images.to(self.device), labels
+            except RunError:
+                if not self.reader.skip_unreadable:
+                    raise
         raise RunError(f"none of the {len(self.split)} images can be read")
 
 

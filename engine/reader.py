@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
+import mmap
 import os
 import signal
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext, suppress
 from multiprocessing.util import Finalize
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset
 
 import datasets
 from engine.augment import (
@@ -30,14 +32,7 @@ from engine.augment import (
 from engine.errors import RequestError, RunError, one_line
 
 
-@dataclass(frozen=True)
-class Failure:
-    """What a worker sends in place of a batch: the line for the user."""
-
-    message: str
-
-
-class Reader(Dataset):
+class Reader:
     """Batches of samples read and transformed one at a time; what a worker process has.
 
     Args:
@@ -56,50 +51,38 @@ class Reader(Dataset):
         self.is_ours = isinstance(part, (tuple, datasets.ImageFiles))  # draws nothing at random while reading
         self.draws = any(transform.random for transform in transforms)
         self.size = resized_to(transforms)
-        self.finishes = False
-        self.later: Sequence[tuple[int, Any]] = ()
 
-    def finish_with(self, later: Sequence[tuple[int, Any]]) -> None:
-        """Apply these transforms to each batch too, and give floats; they come with their places in the YAML's list."""
-        self.finishes, self.later = True, later
+    def read(self, epoch: int, indices: Tensor, into: Tensor | None = None) -> tuple[Tensor, Tensor, list[str]]:
+        """(images, labels, what was skipped) of samples in an epoch.
 
-    def __getitem__(self, asked: tuple[int, Tensor]) -> tuple[Tensor, Tensor, list[str]] | Failure:
-        """(images, labels, what was skipped) of the samples of (epoch, indices)."""
-        try:
-            if self.draws or not self.is_ours:
-                with own_randomness():
-                    images, labels, skipped = self._read(*asked)
-            else:
-                images, labels, skipped = self._read(*asked)
-            if self.finishes:
-                images = to_float(apply(self.later, images, Draws(self.seed, *asked)))
-            if get_worker_info() is not None:
-                _share(images)
-            return images, labels, skipped
-        except RunError as error:
-            return Failure(str(error))
+        Args:
+            epoch: counted from 1.
+            indices: int64 `[batch]`, the samples.
+            into: memory for at least as many images; they lie there afterwards if they are of its shape and type.
 
-    def _read(self, epoch: int, indices: Tensor) -> tuple[Tensor, Tensor, list[str]]:
-        images: list[Tensor | None] = []
-        labels: list[Any] = []
-        skipped = []
+        Raises:
+            RunError: samples that cannot be read, or do not fit together.
+        """
+        skipped: list[str] = []
+        with own_randomness() if self.draws or not self.is_ours else nullcontext():
+            images, labels = self._batch(self._samples(epoch, indices, skipped), indices, into)
+        return images, labels, skipped
+
+    def _samples(self, epoch: int, indices: Tensor, skipped: list[str]) -> Iterator[tuple[int, Tensor, Any]]:
+        """(place in the batch, image, label) of those that can be read."""
         draws = Draws(self.seed, epoch, indices) if self.draws else None
         seeds = None if self.is_ours else sample_seed(self.seed, epoch, indices).tolist()
         for place, index in enumerate(indices.tolist()):
             if seeds is not None:
                 seed_everything(seeds[place])
             try:
-                image, label = self._sample(index)
+                sample = self._sample(index, draws, place)
             except RequestError as error:
                 if not self.skip_unreadable or not isinstance(self.part, datasets.ImageFiles):
-                    raise
+                    raise RunError(str(error)) from None
                 skipped.append(str(error))
-                images.append(None)
-                labels.append(None)
                 continue
-            images.append(self._transform(image, draws, place))
-            labels.append(label)
-        return *self._stack(images, labels, indices), skipped
+            yield place, *sample
 
     def _transform(self, image: Tensor, draws: Draws | None, place: int) -> Tensor:
         return apply(self.transforms, image[None], draws and draws.window(place, 1))[0]
@@ -108,39 +91,53 @@ class Reader(Dataset):
         """(images, labels) of samples that were read elsewhere."""
         with own_randomness():
             draws = Draws(self.seed, epoch, indices) if self.draws else None
-            images = [self._transform(image, draws, place) for place, (image, _) in enumerate(samples)]
-        return self._stack(images, [label for _, label in samples], indices)
-
-    def _sample(self, index: int) -> tuple[Tensor, Any]:
-        if isinstance(self.part, datasets.ImageFiles):
-            return self.part.read(index, self.size), int(self.part.targets[index])
-        if isinstance(self.part, tuple):
-            return self.part[0][index], int(self.part[1][index])
-        return _image_and_label(self.part[index], f"sample {index} of {type(self.part).__name__}", self.num_classes)
-
-    def _stack(self, images: Sequence[Tensor | None], labels: list[Any], indices: Tensor) -> tuple[Tensor, Tensor]:
-        there = [place for place, image in enumerate(images) if image is not None]
-        if not there:
-            raise RunError(
-                f"none of the {len(images)} images of a batch can be read; the first is sample {int(indices[0])}"
+            transformed = (
+                (place, self._transform(image, draws, place), label) for place, (image, label) in enumerate(samples)
             )
-        whole: list[Tensor] = []
-        for place in range(len(images)):  # the next that could be read takes the place of one that could not
-            other = next((p for p in there if p >= place), there[0])
-            whole.append(images[other])  # type: ignore[arg-type]
-            labels[place] = labels[other]
-        for place, image in enumerate(whole):
-            if image.shape != whole[0].shape:
-                raise RunError(
-                    f"images of different sizes: {self._name(indices[0])} is {_size(whole[0])}, "
+            return self._batch(transformed, indices, None)
+
+    def _sample(self, index: int, draws: Draws | None, place: int) -> tuple[Tensor, Any]:
+        image: Tensor
+        label: Any
+        if isinstance(self.part, datasets.ImageFiles):
+            image, label = self.part.read(index, self.size), int(self.part.targets[index])
+        elif isinstance(self.part, tuple):
+            image, label = self.part[0][index], int(self.part[1][index])
+        else:
+            name = f"sample {index} of {type(self.part).__name__}"
+            image, label = _image_and_label(self.part[index], name, self.num_classes)
+        return self._transform(image, draws, place), label
+
+    def _batch(
+        self, samples: Iterable[tuple[int, Tensor, Any]], indices: Tensor, into: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """(images, labels) of samples put into their places as they come; the next one fills a place left out."""
+        images: Tensor | None = None
+        found: dict[int, Any] = {}
+        for place, image, label in samples:
+            if images is None:
+                fits = into is not None and into.shape[1:] == image.shape and into.dtype == image.dtype
+                images = into[: len(indices)] if fits else image.new_empty(len(indices), *image.shape)  # type: ignore
+            elif image.shape != images.shape[1:]:
+                raise RequestError(
+                    f"images of different sizes: {self._name(indices[next(iter(found))])} is {_size(images[0])}, "
                     f"{self._name(indices[place])} is {_size(image)}; "
                     "put Resize: {size: [height, width]} first in dataset.train_transforms and eval_transforms"
                 )
-            if image.dtype != whole[0].dtype:
-                whole[place] = to_float(image)
-        if isinstance(labels[0], Tensor):
-            return torch.stack(whole), torch.stack(labels)
-        return torch.stack(whole), torch.tensor(labels, dtype=torch.int64)
+            elif image.dtype != images.dtype:
+                images, image = to_float(images), to_float(image)
+            images[place], found[place] = image, label
+        if images is None:
+            raise RunError(
+                f"none of the {len(indices)} images of a batch can be read; the first is sample {int(indices[0])}"
+            )
+        labels = []
+        for place in range(len(indices)):
+            if place not in found:
+                other = next((p for p in found if p > place), next(iter(found)))
+                images[place] = images[other]
+            labels.append(found[place if place in found else other])
+        return images, torch.stack(labels) if isinstance(labels[0], Tensor) else torch.tensor(labels)
 
     def _name(self, index: Tensor) -> str:
         return (
@@ -180,33 +177,42 @@ def _image_and_label(sample: Any, what: str, num_classes: int) -> tuple[Tensor, 
     return (image if image.dtype == torch.uint8 else image.float()), int(label)
 
 
-def _share(images: Tensor) -> None:
-    """Put a batch where the main process can read it, here, where a failure can still be told."""
+class _Worker(Dataset):
+    """What a worker process is asked for: (epoch, indices, number of the slot to put the images into).
+
+    Slots are memory that it shares with the main process. It answers (images, labels, what was skipped), where a number
+    instead of images says how many are in the slot; or the error. Indices and labels travel as arrays: each tensor
+    would take a file of shared memory.
+    """
+
+    def __init__(self, reader: Reader, slots: Tensor | None) -> None:
+        self.reader, self.slots = reader, slots
+
+    def __getitem__(self, asked: tuple[int, np.ndarray, int]) -> tuple[Tensor | int, np.ndarray, list[str]] | RunError:
+        epoch, indices, number = asked
+        slot = None if self.slots is None else self.slots[number]
+        try:
+            images, labels, skipped = self.reader.read(epoch, torch.from_numpy(indices), slot)
+            if slot is not None and images.data_ptr() == slot.data_ptr():
+                return len(images), labels.numpy(), skipped
+            return _shared(images), labels.numpy(), skipped
+        except RunError as error:
+            return error
+
+
+def _shared(images: Tensor) -> Tensor:
+    """In memory that the main process can read; done here, where a failure can still be told."""
     try:
-        images.share_memory_()
+        return images.share_memory_()
     except (RuntimeError, OSError) as error:
-        raise RunError(_shared_memory(one_line(error, 120))) from None
+        raise RunError(_no_shared_memory(one_line(error, 120))) from None
 
 
-def _shared_memory(reason: str) -> str:
+def _no_shared_memory(reason: str) -> str:
     return (
         f"a worker process that reads samples failed ({reason}); if shared memory ran out, "
         "lower num_workers or batch_size, or enlarge shared memory (/dev/shm)"
     )
-
-
-class Order:
-    """What the workers are asked for: (epoch, indices) of the batches of an epoch, set before it begins."""
-
-    def __init__(self) -> None:
-        self.epoch = 0
-        self.batches: Sequence[Tensor] = ()
-
-    def __iter__(self) -> Iterator[tuple[int, Tensor]]:
-        return ((self.epoch, indices) for indices in self.batches)
-
-    def __len__(self) -> int:
-        return len(self.batches)
 
 
 def _as_it_is(sample: Any) -> Any:
@@ -227,49 +233,71 @@ def cores() -> int:
 class Workers:
     """Worker processes around a Reader; they live from the first epoch on. None of them reads in this process.
 
+    Images come back in slots, memory that is shared once and used over and over: making and mapping some anew for each
+    batch would cost as much as a tenth of decoding.
+
     Args:
         reader: what every worker has.
         count: of processes.
-        pin: put batches into pinned memory, for copies to CUDA.
+        batch_size: samples asked for at once, at most.
     """
 
-    def __init__(self, reader: Reader, count: int, pin: bool) -> None:
-        self.reader, self.count, self.order = reader, count, Order()
-        self.loader: DataLoader | None = None
-        if count:
-            with warnings.catch_warnings():
-                warnings.filterwarnings(
-                    "ignore", message="This DataLoader will create"
-                )  # more than cores: as asked for
-                self.loader = DataLoader(
-                    reader,
-                    batch_size=None,
-                    sampler=self.order,
-                    num_workers=count,
-                    collate_fn=_as_it_is,
-                    persistent_workers=True,
-                    pin_memory=pin,
-                    worker_init_fn=_start_worker,
-                    generator=torch.Generator().manual_seed(0),  # or it would draw from the run's own
-                )
-            # Workers heed no signal, so at the end multiprocessing would wait for them for ever: they are told before.
-            Finalize(self, _dismiss, args=(self.loader,), exitpriority=100)
+    AHEAD = 2  # batches a worker is asked for before the first of them is taken
 
-    def read(self, epoch: int, batches: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
-        """The batches of these indices, in their order.
+    def __init__(self, reader: Reader, count: int, batch_size: int) -> None:
+        self.reader, self.count, self.batch_size = reader, count, batch_size
+        self.asked: list[tuple[int, np.ndarray, int]] = []  # of an epoch; the loader looks here when it begins one
+        self.slots: Tensor | None = None
+        self.loader: DataLoader | None = None
+
+    def _start(self, epoch: int, index: Tensor) -> None:
+        """Make the slots, for images like this one, and the loader, which starts the processes."""
+        with suppress(RunError, OSError):  # what cannot be read, or had, is the workers' to tell
+            image = self.reader.read(epoch, index)[0][0]
+            shape = (self.count * self.AHEAD + 1, self.batch_size, *image.shape)
+            memory = mmap.mmap(-1, max(1, math.prod(shape) * image.element_size()))  # not in /dev/shm, which is small
+            self.slots = torch.frombuffer(memory, dtype=image.dtype)[: math.prod(shape)].view(shape)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="This DataLoader will create")  # more than cores: as asked for
+            self.loader = DataLoader(
+                _Worker(self.reader, self.slots),
+                batch_size=None,
+                sampler=self.asked,
+                num_workers=self.count,
+                prefetch_factor=self.AHEAD,
+                collate_fn=_as_it_is,
+                persistent_workers=True,
+                worker_init_fn=_start_worker,
+                generator=torch.Generator().manual_seed(0),  # or it would draw from the run's own
+            )
+        # Workers heed no signal, so at the end multiprocessing would wait for them for ever: they are told before.
+        Finalize(self, _dismiss, args=(self.loader,), exitpriority=100)
+
+    def read(self, epoch: int, batches: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor, Any]]:
+        """(images, labels, what was skipped) of these indices, in their order.
+
+        Images of bytes may lie in a slot: what is done with them has to be done before the next are asked for.
 
         Raises:
             RunError: what a worker could not read, or its death.
         """
-        self.order.epoch, self.order.batches = epoch, batches
+        if not self.count:
+            for indices in batches:
+                yield self.reader.read(epoch, indices)
+            return
         if self.loader is None:
-            source: Iterator[Any] = (self.reader[asked] for asked in self.order)
-        else:
-            source = self._until_death()
-        for found in source:
-            if isinstance(found, Failure):
-                raise RunError(found.message)
-            yield found
+            self._start(epoch, batches[0][:1])
+        # There is one slot more than batches under way, so the one in use is asked for again only when it was left.
+        number = 1 if self.slots is None else len(self.slots)
+        self.asked[:] = [(epoch, indices.numpy(), place % number) for place, indices in enumerate(batches)]
+        for place, found in enumerate(self._until_death()):
+            if isinstance(found, RunError):
+                raise found
+            images, labels, skipped = found
+            if isinstance(images, int):
+                images = self.slots[place % number, :images]  # type: ignore[index]
+                images = images.clone() if images.is_floating_point() else images
+            yield images, torch.from_numpy(labels), skipped
 
     def _until_death(self) -> Iterator[Any]:
         try:
@@ -280,7 +308,7 @@ class Workers:
         except (RuntimeError, OSError) as error:
             if "Caught " in str(error):  # raised by the user's own Dataset; its traceback is in the text
                 raise
-            raise RunError(_shared_memory(one_line(error, 160))) from None
+            raise RunError(_no_shared_memory(one_line(error, 160))) from None
 
 
 def _dismiss(loader: DataLoader) -> None:
