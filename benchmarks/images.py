@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import multiprocessing
 import os
 import statistics
@@ -161,6 +162,7 @@ def measure_files(count: int, rounds: int) -> None:
             "this project, first epoch": lambda: train_on(folder_batches(root, cache=False), 1),
             "this project, from the cache": lambda: train_on(folder_batches(root, cache=True), 1),
         }
+        gc.freeze()  # as train.py does, here to the good of all
         times: dict[str, list[float]] = {name: [] for name in loops}
         for number in range(rounds):
             for name in list(loops) if number % 2 == 0 else list(loops)[::-1]:

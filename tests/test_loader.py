@@ -304,6 +304,14 @@ def test_a_users_dataset_draws_the_same_in_any_worker():
     assert not torch.equal(images[0], images[1])
 
 
+def test_batches_from_workers_stay_what_they_are():  # also when the memory that they came in is used again
+    batches = batches_of(settings("drawing"), num_workers=2, batch_size=3)
+    held, expected = list(batches.epoch(1)), list(batches_of(settings("drawing"), batch_size=3).epoch(1))
+    assert len(held) > 2 * batches.workers.AHEAD + 1 and batches.workers.slots is not None
+    for (images, labels), (same, same_labels) in zip(held, expected, strict=True):
+        assert torch.equal(images, same) and torch.equal(labels, same_labels)
+
+
 def test_targets_make_the_validation_part_stratified(capsys):
     splits, _ = load_splits(settings("drawing", val_fraction=0.2))
     assert torch.tensor(Drawing.targets)[splits["val"].indices].bincount().tolist() == [2, 2, 2, 2]
@@ -529,6 +537,19 @@ def test_a_cache_that_cannot_be_written(photos, tmp_path):
 def train(directory, *arguments):
     command = [sys.executable, str(ROOT / "train.py"), *arguments]
     return subprocess.run(command, cwd=directory, capture_output=True, text=True, timeout=170)
+
+
+def test_a_run_gives_the_same_weights_for_any_num_workers(photos, tmp_path, call):
+    listed = "[{Resize: {size: [16, 16]}},TrivialAugmentWide,RandomHorizontalFlip,{RandomRotation: {degrees: 30}}]"
+    data = ["dataset=image_folder", f"dataset.root={photos}", f"dataset.train_transforms={listed}"]
+    data.append("dataset.eval_transforms=[{Resize: {size: [16, 16]}}]")
+    weights = []
+    for workers in (0, 1, 3):
+        given = ["epochs=2", "batch_size=5", f"num_workers={workers}", f"name=with{workers}"]
+        assert call("train", *data, *given).code == 0
+        weights.append(torch.load(tmp_path / f"checkpoints/with{workers}/last.pt", weights_only=True)["model"])
+    for name, tensor in weights[0].items():
+        assert all(torch.equal(tensor, other[name]) for other in weights[1:])
 
 
 def test_folders_and_lists_in_every_format_train_to_over_90_percent(photos, tmp_path):
