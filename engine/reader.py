@@ -43,6 +43,8 @@ class Reader:
         skip_unreadable: another sample of the batch takes the place of an image file that cannot be read.
     """
 
+    TOGETHER = 8  # samples read before they are transformed: taking turns would clear the processor's caches each time
+
     def __init__(
         self, part: Any, transforms: Sequence[Any], seed: int, num_classes: int, skip_unreadable: bool
     ) -> None:
@@ -72,17 +74,19 @@ class Reader:
         """(place in the batch, image, label) of those that can be read."""
         draws = Draws(self.seed, epoch, indices) if self.draws else None
         seeds = None if self.is_ours else sample_seed(self.seed, epoch, indices).tolist()
-        for place, index in enumerate(indices.tolist()):
-            if seeds is not None:
-                seed_everything(seeds[place])
-            try:
-                sample = self._sample(index, draws, place)
-            except RequestError as error:
-                if not self.skip_unreadable or not isinstance(self.part, datasets.ImageFiles):
-                    raise RunError(str(error)) from None
-                skipped.append(str(error))
-                continue
-            yield place, *sample
+        for first in range(0, len(indices), self.TOGETHER):
+            read: list[tuple[int, Tensor, Any]] = []
+            for place, index in enumerate(indices[first : first + self.TOGETHER].tolist(), first):
+                if seeds is not None:
+                    seed_everything(seeds[place])
+                try:
+                    read.append((place, *self._sample(index)))
+                except RequestError as error:
+                    if not self.skip_unreadable or not isinstance(self.part, datasets.ImageFiles):
+                        raise RunError(str(error)) from None
+                    skipped.append(str(error))
+            for place, image, label in read:
+                yield place, self._transform(image, draws, place), label
 
     def _transform(self, image: Tensor, draws: Draws | None, place: int) -> Tensor:
         return apply(self.transforms, image[None], draws and draws.window(place, 1))[0]
@@ -96,17 +100,12 @@ class Reader:
             )
             return self._batch(transformed, indices, None)
 
-    def _sample(self, index: int, draws: Draws | None, place: int) -> tuple[Tensor, Any]:
-        image: Tensor
-        label: Any
+    def _sample(self, index: int) -> tuple[Tensor, Any]:
         if isinstance(self.part, datasets.ImageFiles):
-            image, label = self.part.read(index, self.size), int(self.part.targets[index])
-        elif isinstance(self.part, tuple):
-            image, label = self.part[0][index], int(self.part[1][index])
-        else:
-            name = f"sample {index} of {type(self.part).__name__}"
-            image, label = _image_and_label(self.part[index], name, self.num_classes)
-        return self._transform(image, draws, place), label
+            return self.part.read(index, self.size), int(self.part.targets[index])
+        if isinstance(self.part, tuple):
+            return self.part[0][index], int(self.part[1][index])
+        return _image_and_label(self.part[index], f"sample {index} of {type(self.part).__name__}", self.num_classes)
 
     def _batch(
         self, samples: Iterable[tuple[int, Tensor, Any]], indices: Tensor, into: Tensor | None
