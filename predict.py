@@ -184,7 +184,8 @@ class Images(Dataset):
         try:
             image = read_image(self.paths[index], self.input_shape[0], self.max_pixels, self.at_least)
             scaled = self.scales and tuple(image.shape) != self.input_shape
-            image = self._transformed(self.for_image, image[None], index)[0]
+            needed = self.for_image if scaled or not self.scales else self.for_image[1:]
+            image = self._transformed(needed, image[None], index)[0] if needed else image
         except RunError as error:
             reason = str(error).removeprefix(f"{self.paths[index]}: ")
             reason = re.split("; (?:replace|make it) ", reason)[0]  # advice for a data set; here the others go on
