@@ -183,14 +183,14 @@ class Images(Dataset):
         """Index, the image `[channels, height, width]` or why there is none, whether a Resize was put in for it."""
         try:
             image = read_image(self.paths[index], self.input_shape[0], self.max_pixels, self.at_least)
-            scaled = self.scales and tuple(image.shape) != self.input_shape
+            scaled = self.scales and image.shape != self.input_shape
             needed = self.for_image if scaled or not self.scales else self.for_image[1:]
             image = self._transformed(needed, image[None], index)[0] if needed else image
         except RunError as error:
             reason = str(error).removeprefix(f"{self.paths[index]}: ")
             reason = re.split("; (?:replace|make it) ", reason)[0]  # advice for a data set; here the others go on
             return index, reason, False
-        if tuple(image.shape) != self.input_shape:
+        if image.shape != self.input_shape:
             return index, f"comes out as {list(image.shape)}, the model takes {list(self.input_shape)}", False
         return index, image, scaled
 
