@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from engine import checkpoint, report, runs
+from engine import checkpoint, files, report, runs
 from engine.config import CONFIGS, build, check_value, known_settings, read_settings
 from engine.errors import RequestError
 from engine.loader import Batches, choose_device, load_splits, parse_transforms
@@ -47,7 +47,7 @@ def main(config: dict[str, Any]) -> float:
     print(f"accuracy {accuracy(confusion):.2%}, loss {loss:.4f}\n")
     rows = per_class(confusion, classes)
     print(table(rows))
-    runs.write_json(
+    files.write_json(
         output,
         {
             "checkpoint": str(path),

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from datasets import MAX_PIXELS, read_image
-from engine import checkpoint, runs
+from engine import checkpoint, files, runs
 from engine.augment import Draws, Normalize, PerImage, Resize, apply, own_randomness, resized_to, to_float
 from engine.errors import RequestError, RunError, one_line
 from engine.loader import choose_device, parse_transforms
@@ -356,10 +356,7 @@ def finish(
         raise RequestError("images: none of them could be read; they are named above")
     if output:
         text = as_csv(predictions) if output.suffix == ".csv" else as_json(predictions)
-        try:
-            runs.write_text(output, text)
-        except OSError as error:
-            raise RunError(f"{output}: cannot be written ({one_line(error)})") from None
+        files.write(output, text)
         print(f"written to {output}", file=sys.stderr)
     scaled = sum(prediction.scaled for prediction in done)
     if scaled:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from engine import checkpoint, report, runs
+from engine import checkpoint, files, report, runs
 from engine.config import build
 from engine.errors import RequestError, one_line
 from engine.loader import Batches, choose_device, fingerprint, load_splits
@@ -129,7 +129,7 @@ def main(config: dict[str, Any]) -> float:
         **environment,
     }
     runs.write_metrics(directory / "metrics.csv", progress.history)
-    runs.write_json(directory / "summary.json", summary)
+    files.write_json(directory / "summary.json", summary)
     trackers.finish(summary)
     log.info(f"test     accuracy {accuracy(confusion):.2%}, loss {test_loss:.4f} (weights of epoch {best['epoch']})")
     log.info(f"again    python evaluate.py checkpoint={directory / 'best.pt'}")

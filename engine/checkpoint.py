@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import inspect
 import io
-import os
 import pickle
 import re
-import shutil
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from engine import files
 from engine.config import build, locate
-from engine.errors import RequestError, RunError, one_line
+from engine.errors import RequestError, one_line
 
 FORMAT = 1
 
@@ -40,29 +39,7 @@ def write(path: Path, checkpoint: dict[str, Any], keep: Path | None = None) -> N
     """
     content = io.BytesIO()
     torch.save(checkpoint, content)  # to memory first: writing straight to a file, torch hides why it failed
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        if keep is not None and path.exists():
-            spare = temporary.with_suffix(".keep")
-            spare.unlink(missing_ok=True)
-            try:
-                os.link(path, spare)  # so that there is a whole file under the name at every moment
-            except OSError:  # a file system without links
-                shutil.copyfile(path, spare)
-            os.replace(spare, keep)
-        os.replace(temporary, path)
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise RunError(f"{path}: cannot be written ({one_line(error)}); what was there before is unharmed") from None
+    files.write(path, content.getbuffer(), keep=keep, sync=True)
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The ways a run ends that are not our bug: each is one line for the user and an exit code."""
 
 import difflib
+import unicodedata
 from collections.abc import Iterable
 
 
@@ -24,9 +25,23 @@ class Interrupted(RunError):
         self.exit_code = exit_code
 
 
+def printable(text: str) -> str:
+    """Text on one line that cannot steer a terminal: control characters, line ends among them, written as escapes.
+
+    The same holds for the invisible characters that turn the direction of writing, and for the halves of characters
+    that stand for bytes of a file name that is no UTF-8.
+    """
+    return text if text.isprintable() else "".join(c if _is_shown(c) else ascii(c)[1:-1] for c in text)
+
+
+def _is_shown(character: str) -> bool:
+    # Spaces of other widths, and what joins the parts of an emoji or keeps letters apart in Persian, are harmless.
+    return character.isprintable() or unicodedata.category(character) == "Zs" or character in "\u200c\u200d"
+
+
 def one_line(error: BaseException, limit: int = 300) -> str:
-    """What an exception of somebody else's says, on one line of at most `limit` characters."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    """What an exception of somebody else's says, on one line of at most `limit` characters, safe to print."""
+    text = printable(" ".join(str(error).split())) or type(error).__name__
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 

@@ -7,7 +7,6 @@ import csv
 import errno
 import fcntl
 import io
-import json
 import logging
 import os
 import platform
@@ -25,6 +24,7 @@ import yaml
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
+from engine import files
 from engine.config import ROOT, RUNS
 from engine.errors import RequestError, RunError, one_line
 
@@ -106,7 +106,7 @@ def own_config(config: dict[str, Any]) -> dict[str, Any]:
 
 def save_config(directory: Path, config: dict[str, Any]) -> None:
     """Make the configuration that a resumed run goes on with the run's own."""
-    write_text(directory / ".hydra" / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(own_config(config))))
+    files.write(directory / ".hydra" / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(own_config(config))))
 
 
 def close(directory: Path) -> None:
@@ -119,7 +119,7 @@ def abandon(state: str, reason: str) -> None:
     """Close what this process has open of a run that failed or was stopped, and note that in its end.json."""
     for directory in list(_locks):
         with contextlib.suppress(RunError):  # a full disk, for instance, which is what is being reported
-            write_json(directory / "end.json", {"state": state, "reason": reason})
+            files.write_json(directory / "end.json", {"state": state, "reason": reason})
         close(directory)
 
 
@@ -253,22 +253,6 @@ def stop_log() -> None:
     log.propagate = True
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all; RunError if it cannot be written."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise RunError(f"{path}: cannot be written ({one_line(error)})") from None
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file whole or not at all."""
-    write_text(path, json.dumps(content, indent=2) + "\n")
-
-
 def write_metrics(path: Path, history: list[dict[str, Any]]) -> None:
     """Write metrics.csv from the rows of all epochs, so that it cannot have a row twice or miss one."""
     text = io.StringIO()
@@ -276,7 +260,7 @@ def write_metrics(path: Path, history: list[dict[str, Any]]) -> None:
     rows.writeheader()
     for row in history:
         rows.writerow({key: _rounded(key, value) for key, value in row.items()})
-    write_text(path, text.getvalue())
+    files.write(path, text.getvalue())
 
 
 def _rounded(key: str, value: Any) -> Any:
