@@ -11,11 +11,14 @@ from typing import Any
 
 from torch import nn
 
-from engine import checkpoint, files, report, runs
-from engine.config import CONFIGS, build, check_value, known_settings, read_settings
+from engine import checkpoint, files, report, runs, trust
+from engine.config import build
 from engine.errors import RequestError
 from engine.loader import Batches, choose_device, load_splits, parse_transforms
 from engine.metrics import Mistakes, accuracy, evaluate, per_class
+
+# Settings of a data set that evaluating has no use for: names that are imported, and files that are written.
+ONLY_FOR_TRAINING = ("target_transform", "train_transforms", "cache", "cache_dir", "skip_unreadable")
 
 
 def main(config: dict[str, Any]) -> float:
@@ -30,15 +33,13 @@ def main(config: dict[str, Any]) -> float:
     output = Path(config["output"]) if config["output"] else path.parent / "evaluation.json"
     if output.is_dir() or not os.access(output.parent, os.W_OK):
         raise RequestError(f"{output}: cannot be written; set output= to a file in a folder that exists")
-    with checkpoint.interpreting(path):
-        config = settings_for(saved, config, path)
-        target = None if config["own_dataset"] else checkpoint.trusted(config["dataset"]["_target_"], path)
-        splits, classes = load_splits(config["dataset"], only=config["split"], target=target)
-        if config["split"] not in splits:
-            fraction = config["dataset"]["val_fraction"]
-            raise RequestError(f"split={config['split']}: there is none with dataset.val_fraction={fraction}")
-        batches = Batches(splits[config["split"]], config["dataset"]["eval_transforms"], config, device)
-        model = model_of(saved, config, path, batches.sample_shape(), classes).to(device)
+    config = settings_for(saved, config, path)
+    splits, classes = load_splits(config["dataset"], only=config["split"])
+    if config["split"] not in splits:
+        fraction = config["dataset"]["val_fraction"]
+        raise RequestError(f"split={config['split']}: there is none with dataset.val_fraction={fraction}")
+    batches = Batches(splits[config["split"]], config["dataset"]["eval_transforms"], config, device)
+    model = model_of(saved, config, path, batches.sample_shape(), classes).to(device)
 
     mistakes = Mistakes()
     loss, confusion = evaluate(model, batches, len(classes), mistakes)
@@ -80,30 +81,25 @@ def settings_for(saved: dict[str, Any], config: dict[str, Any], path: Path) -> d
                 f"{path}: a bare state_dict; say which model and data it is for: model=mlp dataset=fashion_mnist"
             )
         own = {"batch_size": 64, "seed": 0, "limit_batches": None}
-        return {**config, **own, "batch_size": config["batch_size"] or 64, "own_dataset": True}
+        return {**config, **own, "batch_size": config["batch_size"] or 64}
     own = saved["config"]
-    for key, setting in read_settings(CONFIGS / "train.yaml").items():
-        if key in ("batch_size", "seed", "limit_batches"):
-            check_value(key, own.get(key), {key: setting})
     if config.get("model"):
         raise RequestError(f"model={config['choices']['model']}: {path} names its own model; leave model= out")
-    choices = dict(own["choices"])
+    ours = checkpoint.is_ours(saved)
+    how = trust.evaluation_of(own, saved["input_shape"], path, config["batch_size"], ours=ours)
+    choices = {**own["choices"], **{group: option for group, option in config["choices"].items() if option}}
     if config["choices"].get("dataset"):
         dataset = asked_dataset
-        choices["dataset"] = config["choices"]["dataset"]
     else:
-        known = known_settings("dataset", choices["dataset"], own["dataset"])
-        dataset = {**own["dataset"], **asked_dataset}
-        for key, value in dataset.items():
-            check_value(f"dataset.{key}", value, known)
+        data = {key: value for key, value in own["dataset"].items() if key not in ONLY_FOR_TRAINING}
+        _, dataset = trust.settings_of("dataset", own | {"dataset": data}, path, ours=ours, typed=asked_dataset)
     return {
         **config,
-        "dataset": {**dataset, "target_transform": None},  # of training labels, and a name that would be imported
-        "own_dataset": bool(config["choices"].get("dataset")),  # named here, not by the checkpoint
+        "dataset": {**dataset, "target_transform": None},
         "choices": choices,
-        "batch_size": config["batch_size"] or own["batch_size"],
-        "seed": own["seed"],
-        "limit_batches": own["limit_batches"],
+        "batch_size": how["batch_size"],
+        "seed": how["seed"],
+        "limit_batches": None,
     }
 
 

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from datasets import MAX_PIXELS, read_image
-from engine import checkpoint, files, runs
+from engine import checkpoint, files, runs, trust
 from engine.augment import Draws, Normalize, PerImage, Resize, apply, own_randomness, resized_to, to_float
 from engine.errors import RequestError, RunError, one_line
 from engine.loader import choose_device, parse_transforms
@@ -59,12 +59,15 @@ def main(config: dict[str, Any]) -> None:
         raise RequestError(
             f"{path}: a bare state_dict, which tells neither model nor classes; expected a run's best.pt"
         )
-    with checkpoint.interpreting(path):
-        model = checkpoint.build_model(saved, path).to(device).eval()
-        classes: list[str] = saved["classes"]
-        images = Images(paths, saved["input_shape"], saved["config"]["dataset"])
-        classifier = Classifier(model, images, classes, config["top_k"], device)
-        batch_size = config["batch_size"] or saved["config"]["batch_size"]
+    ours = checkpoint.is_ours(saved)
+    own = trust.evaluation_of(saved["config"], saved["input_shape"], path, config["batch_size"], ours=ours)
+    model = checkpoint.build_model(saved, path).to(device).eval()
+    classes: list[str] = saved["classes"]
+    max_pixels = saved["config"]["dataset"].get("max_pixels")
+    if not isinstance(max_pixels, int) or not (ours or 0 < max_pixels < MAX_PIXELS):  # a stranger may ask for less only
+        max_pixels = MAX_PIXELS
+    images = Images(paths, saved["input_shape"], own["eval_transforms"], max_pixels)
+    classifier = Classifier(model, images, classes, config["top_k"], device)
     shape = "x".join(map(str, saved["input_shape"]))
     print(f"{path}, {len(classes)} classes, images {shape}, on {device}", file=sys.stderr)
 
@@ -74,7 +77,7 @@ def main(config: dict[str, Any]) -> None:
     predictions: list[Prediction] = []
     bar = tqdm(total=len(paths), unit=" images", disable=not sys.stderr.isatty(), dynamic_ncols=True, leave=False)
     say(layout.header())
-    for batch in predicted(classifier, truths, batch_size, config["num_workers"]):
+    for batch in predicted(classifier, truths, own["batch_size"], config["num_workers"]):
         for prediction in batch:
             if prediction.error:
                 tell(f"{prediction.image}: {prediction.error}")
@@ -129,15 +132,15 @@ def find_images(requested: str | Sequence[str]) -> tuple[list[Path], list[str]]:
 def files_under(folder: Path, problems: list[str]) -> Iterator[Path]:
     """The files of a folder and of those in it, sorted, without hidden ones; a folder that holds none is a problem."""
     seen = set()
-    for place, folders, files in os.walk(folder, followlinks=True, onerror=lambda e: problems.append(one_line(e))):
+    for place, folders, names in os.walk(folder, followlinks=True, onerror=lambda e: problems.append(one_line(e))):
         here = os.path.realpath(place)
         folders[:] = sorted(name for name in folders if not name.startswith(".")) if here not in seen else []
-        files = sorted(name for name in files if not name.startswith(".")) if here not in seen else []
+        names = sorted(name for name in names if not name.startswith(".")) if here not in seen else []
         problem = f"{place}: an empty folder"
-        if not files and not folders and here not in seen and problem not in problems:
+        if not names and not folders and here not in seen and problem not in problems:
             problems.append(problem)
         seen.add(here)  # a link may lead back to a folder above
-        yield from (Path(place, name) for name in files)
+        yield from (Path(place, name) for name in names)
 
 
 def true_class(path: Path, classes: Sequence[str]) -> str | None:
@@ -156,15 +159,16 @@ class Images(Dataset):
     Args:
         paths: the files.
         input_shape: the model's (channels, height, width).
-        dataset: the checkpoint's settings of its data; `eval_transforms` without Resize get one to the model's size
-            first. What comes before `Normalize` is done here, in the process that reads, the rest in batches on the
-            device.
+        eval_transforms: the YAML's list; without Resize it gets one to the model's size first. What comes before
+            `Normalize` is done here, in the process that reads, the rest in batches on the device.
+        max_pixels: width times height of a file's image allowed.
     """
 
-    def __init__(self, paths: Sequence[Path], input_shape: Sequence[int], dataset: dict[str, Any]) -> None:
-        self.paths, self.input_shape = paths, tuple(input_shape)
-        self.max_pixels = dataset.get("max_pixels", MAX_PIXELS)
-        transforms = parse_transforms(dataset["eval_transforms"], "dataset.eval_transforms")
+    def __init__(
+        self, paths: Sequence[Path], input_shape: Sequence[int], eval_transforms: Sequence[Any], max_pixels: int
+    ) -> None:
+        self.paths, self.input_shape, self.max_pixels = paths, tuple(input_shape), max_pixels
+        transforms = parse_transforms(eval_transforms, "dataset.eval_transforms")
         self.scales = not any(isinstance(transform, (Resize, PerImage)) for transform in transforms)
         if self.scales:
             transforms.insert(0, Resize(list(input_shape[1:])))

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from engine import checkpoint, files, report, runs
+from engine import checkpoint, files, report, runs, trust
 from engine.config import build
 from engine.errors import RequestError, one_line
 from engine.loader import Batches, choose_device, fingerprint, load_splits
@@ -67,10 +67,12 @@ def main(config: dict[str, Any]) -> float:
     # The run: its directory, and what it saves.
     directory = runs.reopen(config) if config["resume"] else runs.create(config)
     runs.start_log(directory / "train.log")
+    own_config = runs.own_config(config)
     environment = {"device": str(device), "threads": torch.get_num_threads(), **runs.environment()}
     about = {
         "format": checkpoint.FORMAT,
-        "config": runs.own_config(config),
+        "config": own_config,
+        "signature": trust.signature(own_config),
         "classes": classes,
         "input_shape": list(input_shape),
         "data": fingerprint(splits),

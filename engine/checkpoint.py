@@ -6,11 +6,10 @@ A checkpoint is a dictionary: `model` is the plain state_dict; `config` the conf
 
 from __future__ import annotations
 
-import inspect
 import io
-import pickle
-import re
-import zipfile
+import math
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,11 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine import files
-from engine.config import build, locate
+from engine import archive, files, trust
+from engine.config import build
 from engine.errors import RequestError, one_line
 
 FORMAT = 1
+MOST_VALUES, MOST_NESTED = 1_000_000, 32  # of numbers, texts and tensors in a checkpoint, and of levels
+MOST_PIXELS = 1 << 24  # numbers of an image as the model gets it; 2300x2300 in colour
+DOWNLOADS = {"weights": None, "weights_backbone": None, "pretrained": False}  # settings that fetch, and what stops that
 
 
 def write(path: Path, checkpoint: dict[str, Any], keep: Path | None = None) -> None:
@@ -56,8 +58,7 @@ def read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise RequestError(f"{path}: no such checkpoint")
     try:
-        _check_archive(path)
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        found = archive.load(path)
         if not isinstance(found, dict):
             raise ValueError(f"it holds {type(found).__name__}; expected a checkpoint or a state_dict")
         _check_data(found)
@@ -65,46 +66,36 @@ def read(path: Path) -> dict[str, Any]:
             inner = (found.get(key) for key in ("model", "state_dict", "model_state_dict"))
             found = {"model": next((state for state in inner if isinstance(state, dict)), found)}
         _check_checkpoint(found)
-        found["model"] = {strip_prefixes(name): tensor for name, tensor in found["model"].items()}
-    except Exception as error:  # a damaged or hostile file can raise nearly anything
-        reason = "it asks to run code" if isinstance(error, pickle.UnpicklingError) else one_line(error, 160)
-        raise RequestError(f"{path}: not a checkpoint, or a damaged one ({reason}); use another") from None
+    except (OSError, ValueError) as error:
+        raise RequestError(
+            f"{path}: not a checkpoint, or a damaged one ({one_line(error, 160)}); use another"
+        ) from None
+    found["model"] = {strip_prefixes(name): tensor for name, tensor in found["model"].items()}
     return found
 
 
-def _check_archive(path: Path) -> None:
-    """torch.load does not check the CRCs that torch.save wrote, nor how much a file unpacks to."""
-    with zipfile.ZipFile(path) as archive:
-        if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
-            raise ValueError("it is compressed, which torch.save never does")
-        damaged = archive.testzip()
-    if damaged:
-        raise ValueError(f"the checksum of {damaged} differs")
+def _check_data(value: Any) -> None:
+    """Refuse what no training run writes: it could be crafted to break, or to keep busy, what uses it.
 
-
-def _check_data(value: Any, depth: int = 0) -> None:
-    """Refuse what no training run writes: it could be crafted to break what uses it.
+    A dictionary that is referred to from many places counts as often as a walk through the whole would meet it.
 
     Raises:
-        ValueError: something else than tensors, numbers and text, in dictionaries and lists; or a tensor that is not
-            dense (sparse and quantised ones have had out-of-bounds holes) or larger than its data in the file.
+        ValueError: something else than tensors, numbers and text by name, or too much of it.
     """
-    if depth > 32:
-        raise ValueError("it is nested too deeply")
-    if isinstance(value, Tensor):
-        if value.layout != torch.strided or value.is_quantized or type(value) not in (Tensor, nn.Parameter):
-            raise ValueError(f"it holds a tensor of kind {value.layout}, {value.dtype}; expected dense ones")
-        if value.device.type != "cpu" or value.numel() * value.element_size() > value.untyped_storage().nbytes():
-            raise ValueError(f"it holds a tensor of shape {list(value.shape)} without the data for it")
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            _check_data(key, depth + 1)
-            _check_data(item, depth + 1)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            _check_data(item, depth + 1)
-    elif value is not None and type(value) not in (str, int, float, bool):
-        raise ValueError(f"it holds {type(value).__name__}; expected tensors, numbers and text")
+    waiting, count = [(value, 0)], 0
+    while waiting:
+        item, depth = waiting.pop()
+        count += 1
+        if depth > MOST_NESTED or count > MOST_VALUES:
+            raise ValueError(f"it has more than {MOST_VALUES:,} values, or {MOST_NESTED} levels of them")
+        if isinstance(item, dict):
+            if not all(isinstance(key, (str, int)) for key in item):
+                raise ValueError("it has keys that are neither text nor integers")
+            waiting += [(inner, depth + 1) for inner in item.values()]
+        elif isinstance(item, (list, tuple)):
+            waiting += [(inner, depth + 1) for inner in item]
+        elif item is not None and not isinstance(item, (Tensor, str, int, float)):
+            raise ValueError(f"it holds {type(item).__name__}; expected tensors, numbers and text")
 
 
 def _check_checkpoint(found: dict[str, Any]) -> None:
@@ -123,30 +114,16 @@ def _check_checkpoint(found: dict[str, Any]) -> None:
         isinstance(config.get(k), dict) for k in ("model", "dataset", "choices")
     ):
         raise ValueError("it has no configuration of a model and a data set")
-    if not isinstance(shape, list) or len(shape) != 3 or not all(type(n) is int and 0 < n < 65536 for n in shape):
+    if not isinstance(shape, list) or len(shape) != 3 or not all(type(n) is int and n > 0 for n in shape):
         raise ValueError(f"its input shape is {shape!r}; expected [channels, height, width]")
+    if math.prod(shape) > MOST_PIXELS:
+        raise ValueError(f"its input shape is {shape}, more than {MOST_PIXELS:,} numbers an image")
     if not isinstance(classes, list) or not classes or not all(isinstance(name, str) for name in classes):
         raise ValueError("it has no class names")
-    if _interpolates(config):
+    if len(set(classes)) < len(classes):
+        raise ValueError("two of its classes have the same name")
+    if trust.interpolates(config):
         raise ValueError("its configuration has an interpolation, ${...}; a run stores resolved values")
-
-
-def _interpolates(value: Any) -> bool:
-    if isinstance(value, dict):
-        return any(_interpolates(key) or _interpolates(item) for key, item in value.items())
-    if isinstance(value, (list, tuple)):
-        return any(_interpolates(item) for item in value)
-    return isinstance(value, str) and "${" in value
-
-
-@contextmanager
-def interpreting(path: Path) -> Iterator[None]:
-    """While a checkpoint's configuration is put to use: what breaks on a strange value is told in one line."""
-    try:
-        yield
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError, MemoryError) as error:
-        what = f"{type(error).__name__}: {one_line(error, 160)}"
-        raise RequestError(f"{path}: its configuration cannot be used ({what})") from error
 
 
 def strip_prefixes(name: str) -> str:
@@ -161,51 +138,56 @@ def build_model(checkpoint: dict[str, Any], path: Path) -> nn.Module:
     """The model that a checkpoint's own configuration describes, with its weights.
 
     Raises:
-        RequestError: the configuration names something that is no model of this project or of torchvision, or the
-            weights do not fit it.
+        RequestError: the configuration names a model that is not here or asks for an absurd one, or the weights do not
+            fit it.
     """
-    settings = dict(checkpoint["config"]["model"])
-    target = trusted(settings.get("_target_"), path)
-    settings |= {name: None for name in ("weights", "weights_backbone") if name in settings}  # they are in the file
+    config, state = checkpoint["config"], checkpoint["model"]
+    target, settings = trust.settings_of("model", config, path, ours=is_ours(checkpoint))
+    settings |= {name: off for name, off in DOWNLOADS.items() if name in settings}  # the weights are in the file
+    settings.setdefault("_target_", config["model"]["_target_"])
     shape, num_classes = tuple(checkpoint["input_shape"]), len(checkpoint["classes"])
 
     def construct() -> nn.Module:
         return build(settings, f"{path}: model", target=target, input_shape=shape, num_classes=num_classes)
 
-    with torch.device("meta"):  # sizes without memory, so that absurd ones are refused and not allocated
-        check_fit(construct(), checkpoint["model"], path)
+    with torch.device("meta"), _patience(2 + 0.02 * len(state), path):  # sizes without memory; absurd ones are refused
+        draft = construct()
+    check_fit(draft, state, path)
+    if sum(b.numel() for b in draft.buffers()) > 2 * sum(t.numel() for t in state.values()) + MOST_PIXELS:
+        raise RequestError(f"{path}: its model has far more buffers than the file has weights")
     model = construct()
-    load_weights(model, checkpoint["model"], path)
+    load_weights(model, state, path)
     return model
 
 
-def trusted(target: Any, path: Path) -> Any:
-    """What a name in a checkpoint means, if it is a model of `models` or torchvision, or a function of `datasets`.
+def is_ours(checkpoint: dict[str, Any]) -> bool:
+    """Whether the configuration in a checkpoint was typed here."""
+    return trust.is_ours(checkpoint["config"], checkpoint.get("signature"))
 
-    Decided on the object that is found, by the module that defines it: a name that merely begins like one of ours
-    (`models.mlp.os.system`) leads elsewhere.
+
+@contextmanager
+def _patience(seconds: float, path: Path) -> Iterator[None]:
+    """Give up on what a file wants to be built when it took so much of the processor's time; waiting does not count.
+
+    Building the largest models of torchvision takes less than a second; a file can ask for 10^9 layers.
 
     Raises:
-        RequestError: it is anything else.
+        RequestError: the time is over.
     """
-    if isinstance(target, str) and re.fullmatch(r"(models|datasets|torchvision\.models)(\.\w+)+", target):
-        found = locate(target, str(path))
-        home, name = getattr(found, "__module__", None) or "", getattr(found, "__name__", "_")
-        if inspect.isclass(found) and issubclass(found, nn.Module):
-            if home.split(".")[0] == "models" or home.startswith("torchvision.models."):
-                return found
-        elif inspect.isfunction(found) and (
-            (home == "datasets" and not name.startswith("_"))
-            or (home.startswith("torchvision") and _is_builder(found, name))
-        ):
-            return found
-    raise RequestError(f"{path}: names {str(target)[:100]!r}, which is no model or data set of this program; refused")
 
+    def give_up(*_: object) -> None:
+        raise RequestError(f"{path}: its model takes too long to build; it asks for far more layers than weights")
 
-def _is_builder(found: Any, name: str) -> bool:
-    from torchvision.models import get_model_builder, list_models
-
-    return name in list_models() and get_model_builder(name) is found
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread can be interrupted
+        return
+    before = signal.signal(signal.SIGVTALRM, give_up)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds, 0.1)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
 
 
 def check_fit(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:

@@ -64,7 +64,7 @@ def launch(entry: str) -> NoReturn:
         sys.argv[1:] = [_quoted_path(a) for a in sys.argv[1:]]
     try:
         if entry == "train":
-            sys.argv[1:] = resume.with_choices_of_run(arguments)
+            sys.argv[1:] = resume.with_choices_of_run(arguments, _directories_of(arguments))
     except RequestError as error:
         fail(error)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises what it would print, so that we print it in one line
@@ -164,7 +164,7 @@ def _checked(config: DictConfig) -> dict[str, Any]:
     directories = [Path(s.path) for s in hydra_config.runtime.config_sources if s.schema == "file" and s.path]
     own = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
     plain = check(own, dict(hydra_config.runtime.choices), directories, str(hydra_config.job.name))
-    return resume.adopt(plain, hydra_config.overrides.task) if plain.get("resume") else plain
+    return resume.adopt(plain, hydra_config.overrides.task, directories) if plain.get("resume") else plain
 
 
 def _main(config: dict[str, Any]) -> Any:

@@ -216,7 +216,7 @@ def check(config: DictConfig, choices: dict[str, Any], directories: Sequence[Pat
                 raise RequestError(f"{file}: names nothing to build; expected `_target_: ` and a class or function")
             known |= own
 
-    for name, value in _leaves(plain, known):
+    for name, value in leaves(plain, known):
         if entry == "evaluate" and name.startswith("dataset.") and choices.get("dataset") is None:
             continue  # belongs to the dataset that the checkpoint names, and is checked against that
         check_value(name, value, known)
@@ -250,19 +250,12 @@ def check_value(name: str, value: Any, known: dict[str, Setting]) -> None:
         raise RequestError(f"{name}={as_typed(value)}: expected {setting.expected}")
 
 
-def known_settings(group: str, option: str, values: dict[str, Any]) -> dict[str, Setting]:
-    """The settings of an option of a group, from its YAML where that is still there, else from the `values` it had."""
-    known = {f"{group}.{key}": _setting(f"{group}.{key}", value, "", None) for key, value in values.items()}
-    if option in group_options().get(group, []):
-        known |= read_settings(find_yaml([CONFIGS], f"{group}/{option}"), f"{group}.", group=group)
-    return known
-
-
-def _leaves(tree: dict[Any, Any], known: dict[str, Setting], path: str = "") -> Iterable[tuple[str, Any]]:
+def leaves(tree: dict[Any, Any], known: dict[str, Setting], path: str = "") -> Iterable[tuple[str, Any]]:
+    """Dotted name and value of every setting of a configuration; a `known` setting may itself be a dictionary."""
     for key, value in tree.items():
         name = f"{path}{key}"
         if isinstance(value, dict) and value and name not in known:
-            yield from _leaves(value, known, name + ".")
+            yield from leaves(value, known, name + ".")
         else:
             yield name, value
 

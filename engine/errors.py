@@ -41,7 +41,12 @@ def _is_shown(character: str) -> bool:
 
 def one_line(error: BaseException, limit: int = 300) -> str:
     """What an exception of somebody else's says, on one line of at most `limit` characters, safe to print."""
-    text = printable(" ".join(str(error).split())) or type(error).__name__
+    return shortened(" ".join(str(error).split()) or type(error).__name__, limit)
+
+
+def shortened(text: str, limit: int) -> str:
+    """Text on one line of at most `limit` characters, safe to print."""
+    text = printable(text[: limit + 1])
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 

@@ -61,7 +61,11 @@ def read_yaml(path: str | os.PathLike[str]) -> Any:
         OSError: it cannot be read, or is too large.
         ValueError: it is no YAML, or has anchors, or too many values or levels.
     """
-    text = read_text(path)
+    return parse_yaml(read_text(path))
+
+
+def parse_yaml(text: str) -> Any:
+    """`read_yaml` of a text."""
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     depth = nodes = 0
     try:
@@ -100,7 +104,8 @@ def write(path: Path, content: bytes | memoryview | str, *, keep: Path | None = 
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with temporary.open("wb") as file:
+        temporary.unlink(missing_ok=True)
+        with temporary.open("xb") as file:  # a new file: a link of this name would lead elsewhere
             file.write(content.encode() if isinstance(content, str) else content)
             if sync:
                 file.flush()

@@ -99,15 +99,12 @@ class Split:
         return length if self.limit is None else min(length, self.limit)
 
 
-def load_splits(
-    settings: dict[str, Any], only: str | None = None, target: Any = None
-) -> tuple[dict[str, Split], list[str]]:
+def load_splits(settings: dict[str, Any], only: str | None = None) -> tuple[dict[str, Split], list[str]]:
     """Read a data set and hold out its validation part.
 
     Args:
         settings: the dataset group of the configuration.
         only: leave out every split but this one.
-        target: the function that `_target_` means, where that was already decided.
 
     Returns:
         the splits train, val (absent with `val_fraction: 0`) and test; the class names.
@@ -116,7 +113,7 @@ def load_splits(
         RequestError: the data is not there, is damaged, or has labels outside its classes.
     """
     own = {key: value for key, value in settings.items() if key not in COMMON + OF_FILES}
-    data = build(own, "dataset", target=target)
+    data = build(own, "dataset")
     if not isinstance(data, datasets.ImageData):
         raise RequestError(f"{settings['_target_']} returned {type(data).__name__}; expected datasets.ImageData")
     classes = [str(name) for name in data.classes]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
-from engine import runs
-from engine.errors import RequestError
+from engine import runs, trust
+from engine.config import as_typed, leaves
+from engine.errors import RequestError, shortened
 
 # What may change without changing the weights of the epochs that were planned.
 FREE = (
@@ -24,23 +26,28 @@ FREE = (
 )
 
 
-def with_choices_of_run(arguments: list[str]) -> list[str]:
+def with_choices_of_run(arguments: list[str], directories: Sequence[Path]) -> list[str]:
     """The command line with the resumed run's choice of each group put in, where none was typed.
 
     So its settings can be typed as for the run itself: `resume=latest optimizer.betas=[0.9,0.95]` of a run with Adam.
 
+    Args:
+        arguments: the command line.
+        directories: where YAML files are looked for.
+
     Raises:
-        RequestError: there is no such run.
+        RequestError: there is no such run, or it names an option that is not there.
     """
     run = _value(arguments, "resume")
     if run in (None, "null", ""):
         return arguments
     if {"-m", "--multirun"} & set(arguments):
         raise RequestError("resume= continues one run; it does not go with -m")
-    choices = runs.read_config(runs.find(str(run)))["choices"]
+    directory = runs.find(str(run))
+    own, _ = trust.read_run(directory)
     return [
         f"{group}={choice if isinstance(choice, str) else f'[{chr(44).join(choice)}]'}"
-        for group, choice in choices.items()
+        for group, choice in trust.choices(own["choices"], directory, directories).items()
         if choice and group != "hparams_search" and not _value(arguments, group)  # a search starts runs of its own
     ] + arguments
 
@@ -49,12 +56,13 @@ def _value(arguments: Iterable[str], name: str) -> str | None:
     return next((a.split("=", 1)[1] for a in arguments if a.startswith(f"{name}=")), None)
 
 
-def adopt(config: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+def adopt(config: dict[str, Any], overrides: Iterable[str], directories: Sequence[Path]) -> dict[str, Any]:
     """The resumed run's configuration, changed where the command line says so.
 
     Args:
-        config: composed from today's YAML files and the command line.
+        config: composed from today's YAML files and the command line, and checked.
         overrides: the command line, with the run's choices put in.
+        directories: where YAML files are looked for.
 
     Returns:
         the run's own configuration with what was typed in its place; `changed` lists what ends exactness.
@@ -63,53 +71,45 @@ def adopt(config: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
         RequestError: there are such differences, and not `resume_changed=true`.
     """
     directory = runs.find(config["resume"])
-    own = runs.read_config(directory)
-    result = {key: copy.deepcopy(own.get(key, value)) for key, value in config.items()}
-    for override in overrides:
-        name = override.split("=", 1)[0].lstrip("+~")
-        if name in own["choices"]:
-            if own["choices"][name] == config["choices"].get(name):
-                continue
-            if name not in config:
-                raise RequestError(f"{override}: cannot be changed when resuming; set its values one by one")
+    own, ours = trust.read_run(directory)
+    groups = [group for group, choice in config["choices"].items() if own["choices"].get(group) != choice]
+    typed = [override.split("=", 1)[0].lstrip("+~") for override in overrides]
+    for name in typed:
+        if name in groups and name not in config:
+            raise RequestError(f"{name}=: cannot be changed when resuming; set its values one by one")
+    typed = [name for name in typed if name not in config["choices"]] + groups
+    known = trust.known_settings(config["choices"], directories)
+    here = {key: value for key, value in config.items() if key != "choices"}
+    own_values = {key: value for key, value in own.items() if key != "choices"}
+    taken, left = trust.taken_over(here, own_values, typed, directory, known, ours)
+    result = copy.deepcopy(config)
+    for name, value in taken.items():
         *path, last = name.split(".")
-        source, target = config, result
+        target = result
         for key in path:
-            source, target = source[key], target[key]
-        target[last] = source[last]
-    result |= {
-        "resume": str(directory),
-        "resume_changed": config["resume_changed"],
-        "choices": config["choices"],
-        "changed": [],
-    }
-    _keep_targets(result, config)
+            target = target[key]
+        target[last] = value
+    result |= {"resume": str(directory), "resume_changed": config["resume_changed"], "changed": []}
 
-    groups = [g for g, choice in config["choices"].items() if g not in FREE and own["choices"].get(g) != choice]
+    groups = [group for group in groups if group not in FREE]
     changed = [f"{group} {own['choices'].get(group)} -> {config['choices'][group]}" for group in groups]
-    before, after = _flat(own), _flat({key: value for key, value in result.items() if key != "changed"})
-    changed += [
-        f"{name} {before.get(name)} -> {after.get(name)}"
-        for name in sorted(before.keys() | after.keys())
-        if name.split(".")[0] not in (*FREE, *groups, "choices") and before.get(name) != after.get(name)
-    ]
+    before, after = dict(leaves(own_values, known)), dict(leaves({k: result[k] for k in here}, known))
+    differing = [name for name in sorted(before.keys() | after.keys()) if before.get(name) != after.get(name)]
+    not_free = [name for name in differing if name.split(".")[0] not in (*FREE, *groups)]
+    changed += [f"{name} {_brief(before, name)} -> {_brief(after, name)}" for name in not_free]
+    from_file = [text for text in left if text.partition("=")[0] in not_free]
     if changed and not config["resume_changed"]:
+        way_out = "leave them out"
+        if from_file:
+            way_out = f"say {' '.join(from_file)} (paths, addresses and names are not taken from a run made elsewhere)"
         raise RequestError(
-            f"{directory} was started with other settings: {', '.join(changed)}; leave them out, "
+            f"{directory} was started with other settings: {shortened(', '.join(changed), 600)}; {way_out}, "
             "or accept with resume_changed=true that the result is no longer that of one run"
         )
+    if told := [text for text in left if text not in from_file and not text.startswith("name=")]:
+        print(f"not taken from {directory}, which was made elsewhere: {shortened(', '.join(told), 600)}")
     return {**result, "changed": changed or ["as asked"] * config["resume_changed"]}
 
 
-def _keep_targets(result: dict[str, Any], config: dict[str, Any]) -> None:
-    """What is built is named by the YAML files here, never by a file in a run's directory."""
-    for group, settings in config.items():
-        if isinstance(settings, dict) and "_target_" in settings:
-            result[group]["_target_"] = settings["_target_"]
-
-
-def _flat(tree: dict[str, Any], path: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{path}{key}.") if isinstance(value, dict) else {f"{path}{key}": value}
-    return flat
+def _brief(values: dict[str, Any], name: str) -> str:
+    return shortened(as_typed(values[name]), 60) if name in values else "none"

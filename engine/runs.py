@@ -20,11 +20,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import yaml
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
-from engine import files
+from engine import files, trust
 from engine.config import ROOT, RUNS
 from engine.errors import RequestError, RunError, one_line
 
@@ -67,7 +66,7 @@ def create(config: dict[str, Any]) -> Path:
         draft = RUNS / f".new-{socket.gethostname()}-{os.getpid()}-{time.time_ns()}"
         (draft / ".hydra").mkdir(parents=True)
         runtime = HydraConfig.get()
-        OmegaConf.save(OmegaConf.create(config), draft / ".hydra" / "config.yaml")
+        save_config(draft, config)
         OmegaConf.save(OmegaConf.create({"hydra": runtime}), draft / ".hydra" / "hydra.yaml")
         OmegaConf.save(runtime.overrides.task, draft / ".hydra" / "overrides.yaml")
         lock(draft)
@@ -105,8 +104,10 @@ def own_config(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def save_config(directory: Path, config: dict[str, Any]) -> None:
-    """Make the configuration that a resumed run goes on with the run's own."""
-    files.write(directory / ".hydra" / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(own_config(config))))
+    """Write the configuration that a run begins or goes on with, and the sign that it was typed here."""
+    text = OmegaConf.to_yaml(OmegaConf.create(own_config(config)))
+    files.write(directory / ".hydra" / "config.yaml", text)
+    files.write(directory / ".hydra" / "signature", trust.signature(text))
 
 
 def close(directory: Path) -> None:
@@ -185,22 +186,6 @@ def find(run: str) -> Path:
         example = newest() if (RUNS / "latest").is_dir() else RUNS / "<run>"
         raise RequestError(f"resume={run}: no run there; expected a run's directory such as {example}, or latest")
     return directory
-
-
-def read_config(directory: Path) -> dict[str, Any]:
-    """The configuration of a run, as plain data.
-
-    Raises:
-        RequestError: the file is damaged.
-    """
-    file = directory / ".hydra" / "config.yaml"
-    try:
-        config = yaml.safe_load(file.read_text(encoding="utf-8"))
-        if not isinstance(config["choices"], dict):
-            raise ValueError("it names no choices")
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
-        raise RequestError(f"{file}: not a run's configuration ({one_line(error)})") from None
-    return config
 
 
 def newest() -> Path:

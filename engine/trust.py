@@ -1,0 +1,383 @@
+"""What may be taken from a file that somebody else may have made: a checkpoint, or the directory of a run.
+
+A file is data. What it names is looked up in what is here, and nowhere else:
+
+    an option of a group   in configs/; it is built by the `_target_` that the YAML here gives
+    a model without YAML   a class that a file of models/ defines, or a classification model of torchvision
+    a value                held against the YAML here as if it were typed, and taken if it is a number, true, false,
+                           null, one of the texts that the YAML lists, or (but for a data set) a plain word
+    transforms             lists of names and plain arguments; `engine.loader.parse_transforms` knows the names
+
+Everything else -- paths, addresses, names to import, where a tracker sends to -- comes from the command line or from
+here. Only a configuration that was typed here counts as typed: it is signed with a key that this program keeps for its
+user, as Jupyter signs the notebooks whose output it trusts. Its names are looked up all the same.
+
+Never imports torch, until a model without YAML is looked up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import hmac
+import inspect
+import itertools
+import json
+import os
+import re
+import secrets
+import stat
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from engine import files
+from engine.config import (
+    CONFIGS,
+    GLOBAL_GROUPS,
+    ROOT,
+    Setting,
+    as_typed,
+    check_value,
+    find_yaml,
+    group_options,
+    leaves,
+    locate,
+    read_settings,
+)
+from engine.errors import RequestError, one_line, printable, shortened
+
+# Never from a file, whatever their kind: they decide where something is sent, read or written, or how much is read.
+NEVER = ("logger", "device", "num_workers", "dataset.max_pixels", "dataset.cache")
+LISTS_OF_TEXT = ("dataset.train_transforms", "dataset.eval_transforms", "dataset.classes")
+WORD = re.compile(r"[\w+ -]{1,64}(\.\d[\w+-]{0,16})*")  # no path, no address and no name that could be imported
+MOST_ITEMS = 1000  # of a list, and of all lists within it
+MOST = 1_000_000  # a number of layers, neurons or pixels
+MOST_BATCH = 1 << 27  # numbers of a batch of images; 512 MB as floats
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What was typed here
+
+
+def _key_file() -> Path:
+    data = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
+    return Path(data) / "image-classifier-training" / "key"
+
+
+def _key(make: bool) -> bytes | None:
+    """The key of this user; None where there is none and none can be made, and then nothing counts as typed here."""
+    with contextlib.suppress(OSError, RuntimeError):
+        file = _key_file()
+        if make and not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            draft = file.with_name(f".key-{os.getpid()}-{secrets.token_hex(8)}")
+            with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as opened:
+                opened.write(secrets.token_hex(32))
+            with contextlib.suppress(FileExistsError):
+                os.link(draft, file)  # one process succeeds, the others take its key
+            draft.unlink()
+        return files.read_bytes(file, 1024) or None
+    return None
+
+
+def signature(config: dict[str, Any] | str) -> str:
+    """The sign, under this user's key, that a configuration was typed here; empty where no key can be kept."""
+    key = _key(make=True)
+    return _signed(config, key) if key else ""
+
+
+def _signed(config: dict[str, Any] | str, key: bytes) -> str:
+    text = config if isinstance(config, str) else json.dumps(config, sort_keys=True)
+    return hmac.new(key, text.encode(), hashlib.sha256).hexdigest()
+
+
+def is_ours(config: dict[str, Any] | str, sign: Any) -> bool:
+    """Whether a configuration (or its file's text) bears this user's signature."""
+    key = _key(make=False)
+    try:
+        return key is not None and hmac.compare_digest(_signed(config, key), str(sign))
+    except (TypeError, ValueError):  # it holds what no configuration does
+        return False
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Names
+
+
+def choices(chosen: Any, where: Path, directories: Sequence[Path] = (CONFIGS,)) -> dict[str, Any]:
+    """The options that a file names, once each is known to be one of its group here.
+
+    Raises:
+        RequestError: one is not.
+    """
+    known = group_options(directories)
+    for group, option in chosen.items() if isinstance(chosen, dict) else [("its choices", chosen)]:
+        several = option if isinstance(option, list) and group == "logger" else [option]
+        for name in several:
+            if group not in known or not (name is None or (isinstance(name, str) and name in known[group])):
+                raise RequestError(
+                    f"{where}: it names {_brief(group)}={_brief(option)}, which configs/ does not have; "
+                    "put its YAML there, or name another on the command line"
+                )
+    return dict(chosen)
+
+
+def target_of(group: str, config: dict[str, Any], where: Path) -> tuple[Any, dict[str, Setting] | None]:
+    """What builds a group of a file's configuration, and the settings that its YAML has; None for a model without.
+
+    Raises:
+        RequestError: it is neither an option here nor a model that is here.
+    """
+    option, named = config["choices"].get(group), config[group].get("_target_")
+    if isinstance(option, str) and option in group_options().get(group, []):
+        known = read_settings(find_yaml([CONFIGS], f"{group}/{option}"), f"{group}.", group=group)
+        own = known[f"{group}._target_"].default
+        if named == own:
+            return locate(str(own), f"{group}._target_"), known
+    if group == "model" and isinstance(named, str):
+        found = _class_of_models(named, where) or _classifier_of_torchvision(named)
+        if found is not None:
+            return found, None
+    raise RequestError(
+        f"{where}: its {group} is {_brief(option)} ({_brief(named)}), which is none of this program's; "
+        f"put it into {'models/ and ' * (group == 'model')}configs/{group}/"
+    )
+
+
+def _class_of_models(name: str, where: Path) -> Any:
+    """A class that a file of models/ itself defines; what that file has only imported does not count."""
+    from torch import nn
+
+    module = name.rpartition(".")[0]
+    if not re.fullmatch(r"models(\.\w+){2,}", name) or not (ROOT / f"{module.replace('.', '/')}.py").is_file():
+        return None
+    found = locate(name, f"{where}: model")
+    return found if inspect.isclass(found) and issubclass(found, nn.Module) and found.__module__ == module else None
+
+
+def _classifier_of_torchvision(name: str) -> Any:
+    if not name.startswith("torchvision.models."):
+        return None
+    from torchvision import models
+
+    last = name.rpartition(".")[2]
+    if last not in models.list_models(module=models):
+        return None
+    builder = models.get_model_builder(last)
+    return builder if name in (f"torchvision.models.{last}", f"{builder.__module__}.{last}") else None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Values
+
+
+def settings_of(
+    group: str, config: dict[str, Any], where: Path, *, ours: bool, typed: dict[str, Any] | None = None
+) -> tuple[Any, dict[str, Any]]:
+    """What builds a group that a checkpoint describes, and the settings to build it with.
+
+    Args:
+        group: model or dataset.
+        config: the checkpoint's configuration.
+        where: its file, for messages.
+        ours: whether that configuration was typed here.
+        typed: settings of the group from the command line, which go before.
+
+    Raises:
+        RequestError: what it names is not here, or a value is wrong or may not come from a file.
+    """
+    target, known = target_of(group, config, where)
+    typed = {f"{group}.{name}": value for name, value in (typed or {}).items()}
+    own = dict(leaves(config[group], known or {}, f"{group}."))
+    result = {name: setting.default for name, setting in (known or {}).items()}
+    refused = []
+    for name, value in {**own, **typed}.items():
+        if name.endswith("._target_"):
+            continue
+        setting = Setting(name, None, "any", "", True, "") if known is None else known.get(name)
+        try:
+            check_value(name, value, {name: setting} if setting else known or {})
+        except RequestError as error:
+            raise error if name in typed else RequestError(f"{where}: {error}") from None
+        if name in typed or ours or is_data(setting, value):
+            result[name] = value
+        elif name not in result or result[name] == "???":
+            refused.append(f"{name}={_brief(value)}")
+        elif result[name] != value:
+            print(f"{name} is {_brief(result[name])} as here, not {_brief(value)} as in {printable(str(where))}")
+    if refused:
+        raise RequestError(
+            f"{where}: {', '.join(refused[:5])}: paths, addresses and names are not taken from a file that was not "
+            "made here; say them on the command line"
+        )
+    return target, _nested(result, group)
+
+
+def evaluation_of(
+    config: dict[str, Any], shape: Sequence[int], where: Path, batch_size: int | None, *, ours: bool
+) -> dict[str, Any]:
+    """How a checkpoint that may be anybody's is evaluated: batch_size, seed and eval_transforms.
+
+    Args:
+        config: the checkpoint's configuration.
+        shape: its model's (channels, height, width).
+        where: its file, for messages.
+        batch_size: from the command line, or None.
+        ours: whether the configuration was typed here.
+
+    Raises:
+        RequestError: a value is not valid, or a batch of that size would take much memory and nobody asked for it here.
+    """
+    known = read_settings(CONFIGS / "train.yaml") | read_settings(CONFIGS / "dataset" / "_base.yaml", "dataset.")
+    own: dict[str, Any] = {"batch_size": config.get("batch_size"), "seed": config.get("seed")}
+    own["dataset.eval_transforms"] = config["dataset"].get("eval_transforms")
+    for name, value in own.items():
+        if not known[name].accepts(value) or not (ours or name == "seed" or is_data(known[name], value)):
+            raise RequestError(f"{where}: its {name} is {_brief(value)}; expected {known[name].expected}")
+    sides = [item for item in _items(own["dataset.eval_transforms"]) if isinstance(item, int)]
+    largest = shape[0] * max(shape[1] * shape[2], *(side * side for side in sides), 1)
+    if not ours and batch_size is None and own["batch_size"] * largest > MOST_BATCH:
+        size = f"a batch of its {own['batch_size']} images may take {4 * own['batch_size'] * largest / 1e9:.1f} GB"
+        raise RequestError(f"{where}: {size}; say batch_size= if you want that")
+    own["batch_size"] = batch_size or own["batch_size"]
+    return {name.rpartition(".")[2]: value for name, value in own.items()}
+
+
+def is_data(setting: Setting | None, value: Any) -> bool:
+    """Whether a value, already found valid, may come from a file of somebody else."""
+    if setting is None or any(setting.name == name or setting.name.startswith(f"{name}.") for name in NEVER):
+        return False
+    if value == setting.default and value != "???":
+        return True
+    if setting.name in LISTS_OF_TEXT:
+        return _is_small(value, text=re.compile(r".{0,200}", re.DOTALL))
+    if setting.rule.startswith("one of "):
+        return True
+    return _is_small(value, text=None if setting.name.startswith("dataset.") or "." not in setting.name else WORD)
+
+
+def _is_small(value: Any, text: re.Pattern[str] | None) -> bool:
+    """Numbers, true, false, null, such texts, and lists and dictionaries of them, of a size that people write."""
+    items = list(itertools.islice(_items(value), MOST_ITEMS + 1))
+    return len(items) <= MOST_ITEMS and all(
+        (text is not None and text.fullmatch(item) is not None)
+        if isinstance(item, str)
+        else item is None or (isinstance(item, (int, float)) and abs(item) <= MOST)
+        for item in items
+    )
+
+
+def _items(value: Any) -> Iterator[Any]:
+    """What lists and dictionaries hold at any depth, keys among it, and None for each of them."""
+    waiting = [value]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, dict):
+            waiting += [*item, *item.values()]
+        elif isinstance(item, list):
+            waiting += item
+        yield None if isinstance(item, (dict, list)) else item
+
+
+def _nested(flat: dict[str, Any], group: str) -> dict[str, Any]:
+    """`{"model.a.b": 1}` as `{"a": {"b": 1}}`."""
+    tree: dict[str, Any] = {}
+    for name, value in flat.items():
+        *path, last = name.split(".")[1:]
+        place = tree
+        for key in path:
+            place = place.setdefault(key, {})
+        place[last] = value
+    return tree
+
+
+def _brief(value: Any) -> str:
+    return shortened(as_typed(value), 60)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A run's directory
+
+
+def read_run(directory: Path) -> tuple[dict[str, Any], bool]:
+    """The configuration of a run that is to be resumed, as plain data, and whether it was typed here.
+
+    Raises:
+        RequestError: the file is damaged, or something in the directory is no file of its own, so that writing there
+            would write elsewhere.
+    """
+    file = directory / ".hydra" / "config.yaml"
+    try:
+        for folder in (directory, file.parent):
+            for entry in os.scandir(folder):
+                kind = entry.stat(follow_symlinks=False).st_mode
+                if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)) or (entry.name == ".hydra" and stat.S_ISREG(kind)):
+                    raise ValueError(f"{printable(entry.name)} is a link or no file; put the file itself there")
+        text = files.read_text(file)
+        config = files.parse_yaml(text)
+        if not isinstance(config, dict) or not isinstance(config.get("choices"), dict):
+            raise ValueError("it names no choices")
+        if interpolates(config):
+            raise ValueError("it has an interpolation, ${...}; a run stores resolved values")
+    except (OSError, ValueError) as error:
+        raise RequestError(f"{file}: not a run's configuration ({one_line(error)})") from None
+    with contextlib.suppress(OSError, ValueError):
+        return config, is_ours(text, files.read_text(file.parent / "signature", 1024))
+    return config, False
+
+
+def interpolates(value: Any) -> bool:
+    """Whether a text anywhere in it has an interpolation, `${...}`, by which a file could read the environment."""
+    if isinstance(value, dict):
+        return any(interpolates(key) or interpolates(item) for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return any(interpolates(item) for item in value)
+    return isinstance(value, str) and "${" in value
+
+
+def known_settings(chosen: dict[str, Any], directories: Sequence[Path] = (CONFIGS,)) -> dict[str, Setting]:
+    """Every setting that a training configuration of these choices has."""
+    known = read_settings(find_yaml(directories, "train"), directories=directories)
+    for group, option in chosen.items():
+        for name in option if isinstance(option, list) else [option]:
+            if name is not None and group not in GLOBAL_GROUPS:
+                known |= read_settings(find_yaml(directories, f"{group}/{name}"), f"{group}.", directories, group)
+    return known
+
+
+def taken_over(
+    here: dict[str, Any], own: dict[str, Any], typed: Iterable[str], where: Path, known: dict[str, Setting], ours: bool
+) -> tuple[dict[str, Any], list[str]]:
+    """The values of a run that is resumed, by dotted name, that take the place of those composed here.
+
+    Args:
+        here: the configuration composed from the YAML here and the command line.
+        own: the run's, of the same groups' options.
+        typed: names of settings, or of groups of them, that the command line sets.
+        where: the run's directory, for messages.
+        known: the settings that there are.
+        ours: whether the run's configuration was typed here.
+
+    Returns:
+        the values, and what differs but is not taken from a file, `name=value`.
+
+    Raises:
+        RequestError: a value is not valid.
+    """
+    typed = tuple(typed)
+    before = dict(leaves(own, known))
+    taken, left = {}, []
+    for name, value in leaves(here, known):
+        is_typed = any(name == other or name.startswith(f"{other}.") for other in typed)
+        if is_typed or name not in before or name.endswith("_target_") or before[name] == value:
+            continue
+        try:
+            check_value(name, before[name], known)
+        except RequestError as error:
+            raise RequestError(f"{where}: {error}") from None
+        if ours or is_data(known.get(name), before[name]):
+            taken[name] = before[name]
+        else:
+            left.append(f"{name}={_brief(before[name])}")
+    return taken, left
