@@ -219,13 +219,16 @@ def check(config: DictConfig, choices: dict[str, Any], directories: Sequence[Pat
     for name, value in leaves(plain, known):
         if entry == "evaluate" and name.startswith("dataset.") and choices.get("dataset") is None:
             continue  # belongs to the dataset that the checkpoint names, and is checked against that
+        if value == "???" and plain.get("resume"):
+            continue  # the run that is resumed has it
         check_value(name, value, known)
         if known[name].kind == "str" and isinstance(value, (int, float)):
             OmegaConf.update(config, name, str(value))  # name=123 is text that looks like a number
     plain = OmegaConf.to_container(config, resolve=True)
     assert isinstance(plain, dict)
+    present = dict(leaves(plain, known))
     for name in known:
-        if OmegaConf.select(config, name, default=...) is ...:
+        if name not in present:
             raise RequestError(f"the setting {name!r} was taken out (~{name}); it is needed, set it to a value instead")
     trackers.check_installed(choices.get("logger") or [])
     return {**{str(key): value for key, value in plain.items()}, "choices": choices}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from engine import runs, trust
-from engine.config import as_typed, leaves
+from engine.config import as_typed, check_value, leaves
 from engine.errors import RequestError, shortened
 
 # What may change without changing the weights of the epochs that were planned.
@@ -24,6 +24,8 @@ FREE = (
     "logger",
     "hparams_search",
 )
+
+ELSEWHERE = "paths, addresses and names are not taken from a run that was made elsewhere"
 
 
 def with_choices_of_run(arguments: list[str], directories: Sequence[Path]) -> list[str]:
@@ -91,6 +93,12 @@ def adopt(config: dict[str, Any], overrides: Iterable[str], directories: Sequenc
         target[last] = value
     result |= {"resume": str(directory), "resume_changed": config["resume_changed"], "changed": []}
 
+    for name, value in leaves({key: result[key] for key in here}, known):
+        if value == "???":
+            if asked := [text for text in left if text.startswith(f"{name}=")]:
+                raise RequestError(f"{directory}: say {asked[0]}: {ELSEWHERE}")
+            check_value(name, value, known)
+
     groups = [group for group in groups if group not in FREE]
     changed = [f"{group} {own['choices'].get(group)} -> {config['choices'][group]}" for group in groups]
     before, after = dict(leaves(own_values, known)), dict(leaves({k: result[k] for k in here}, known))
@@ -101,7 +109,7 @@ def adopt(config: dict[str, Any], overrides: Iterable[str], directories: Sequenc
     if changed and not config["resume_changed"]:
         way_out = "leave them out"
         if from_file:
-            way_out = f"say {' '.join(from_file)} (paths, addresses and names are not taken from a run made elsewhere)"
+            way_out = f"say {' '.join(from_file)} ({ELSEWHERE})"
         raise RequestError(
             f"{directory} was started with other settings: {shortened(', '.join(changed), 600)}; {way_out}, "
             "or accept with resume_changed=true that the result is no longer that of one run"
