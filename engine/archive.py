@@ -21,7 +21,7 @@ from torch import Tensor
 
 from engine.files import open_regular
 
-MOST_DIRECTORY = 8 << 20  # bytes of the archive's table of contents; some 100 a tensor
+MOST_DIRECTORY = 2 << 20  # bytes of the archive's table of contents; fewer than 100 a tensor
 MOST_PICKLE = 16 << 20  # bytes of the pickle: everything but the tensors' data
 MOST_OPERATIONS = 2_000_000
 STORAGES = {

@@ -25,6 +25,7 @@ from engine.errors import RequestError, one_line
 FORMAT = 1
 MOST_VALUES, MOST_NESTED = 1_000_000, 32  # of numbers, texts and tensors in a checkpoint, and of levels
 MOST_PIXELS = 1 << 24  # numbers of an image as the model gets it; 2300x2300 in colour
+FIRST_SECONDS = 2.0  # of the processor, for building a model of no weights
 DOWNLOADS = {"weights": None, "weights_backbone": None, "pretrained": False}  # settings that fetch, and what stops that
 
 
@@ -150,7 +151,7 @@ def build_model(checkpoint: dict[str, Any], path: Path) -> nn.Module:
     def construct() -> nn.Module:
         return build(settings, f"{path}: model", target=target, input_shape=shape, num_classes=num_classes)
 
-    with torch.device("meta"), _patience(2 + 0.02 * len(state), path):  # sizes without memory; absurd ones are refused
+    with torch.device("meta"), _patience(FIRST_SECONDS + 0.02 * len(state), path):  # sizes without memory
         draft = construct()
     check_fit(draft, state, path)
     if sum(b.numel() for b in draft.buffers()) > 2 * sum(t.numel() for t in state.values()) + MOST_PIXELS:

@@ -246,10 +246,10 @@ def evaluation_of(
 
 def is_data(setting: Setting | None, value: Any) -> bool:
     """Whether a value, already found valid, may come from a file of somebody else."""
+    if setting is not None and value == setting.default and value != "???":
+        return True
     if setting is None or any(setting.name == name or setting.name.startswith(f"{name}.") for name in NEVER):
         return False
-    if value == setting.default and value != "???":
-        return True
     if setting.name in LISTS_OF_TEXT:
         return _is_small(value, text=re.compile(r".{0,200}", re.DOTALL))
     if setting.rule.startswith("one of "):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from engine import runs
 from engine.cli import launch
 
 ROOT = Path(__file__).resolve().parent.parent
+os.environ["XDG_DATA_HOME"] = tempfile.mkdtemp(prefix="key-of-the-tests-")  # not into the home of who runs them
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: models this small are slower on more threads
 
 
