@@ -47,9 +47,17 @@ def one_line(error: BaseException, limit: int = 300) -> str:
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """` (did you mean x or y?)` with the nearest of `known`, or an empty string when nothing is near."""
-    known = list(dict.fromkeys(known))
-    near = difflib.get_close_matches(name, known, n=2, cutoff=0.75)
-    last = name.rpartition(".")[2]  # `lr` stands for `optimizer.lr`
-    near += [k for k in known if k.rpartition(".")[2] == last and k not in near][:2]
-    near = near or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f" (did you mean {' or '.join(near)}?)" if near else ""
+    names = {_plain(k): k for k in known}
+    plain = _plain(name)
+    if plain in names:
+        return f" (did you mean {names[plain]}?)"
+    near = difflib.get_close_matches(plain, names, n=2, cutoff=0.75)
+    last = plain.rpartition(".")[2]  # `lr` stands for `optimizer.lr`
+    near += [k for k in names if k.rpartition(".")[2] == last and k not in near][:2]
+    near = near or difflib.get_close_matches(plain, names, n=1, cutoff=0.5)
+    return f" (did you mean {' or '.join(names[k] for k in near)}?)" if near else ""
+
+
+def _plain(name: str) -> str:
+    """`Fashion-MNIST` as `fashion_mnist`: what differs in capitals and dashes is near."""
+    return name.lower().replace("-", "_")

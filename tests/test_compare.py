@@ -14,6 +14,7 @@ import yaml
 from conftest import ROOT, Call
 
 from engine import compare, runs
+from engine.errors import RunError
 
 
 def make_run(
@@ -152,6 +153,6 @@ def test_the_command_answers_without_torch(process: Call, root: Path) -> None:
 def test_a_run_that_fails_says_so_afterwards(tmp_path: Path) -> None:
     directory = make_run(tmp_path, "run")
     runs.lock(directory)
-    runs.abandon("failed", "the loss is not a number")
+    runs.abandon(RunError("the loss is not a number"))
     row = compare.read_run(directory, tmp_path)
     assert row is not None and (row["state"], row["reason"]) == ("failed", "the loss is not a number")

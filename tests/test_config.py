@@ -56,7 +56,7 @@ WRONG_REQUESTS = [  # what is typed, what the answer has to hold
     ("batch_size=0", "batch_size=0: expected an integer >= 1"),
     ("seed=-1", "seed=-1: expected an integer in [0, 4294967296)"),
     ("seed=99999999999999999999", "expected an integer in [0, 4294967296)"),
-    ("num_workers=-1", "num_workers=-1: expected an integer >= 0 or null"),
+    ("num_workers=-1", "num_workers=-1: expected an integer in [0, 1024] or null"),
     ("dataset.val_fraction=1.5", "dataset.val_fraction=1.5: expected a number in [0, 1)"),
     ("dataset.val_fraction=1", "dataset.val_fraction=1: expected a number in [0, 1)"),
     ("dataset.limit=0", "dataset.limit=0: expected an integer >= 1 or null"),

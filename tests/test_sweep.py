@@ -86,7 +86,7 @@ def test_a_stopped_run_goes_on_where_it_was(call: Call, tmp_path: Path) -> None:
 
 def test_sweeps_of_the_same_second_do_not_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "strftime", lambda _: "now")
-    assert [sweep._claim(tmp_path, None).name for _ in range(3)] == ["sweep_now", "sweep_now_2", "sweep_now_3"]
+    assert [sweep._claim(tmp_path, None)[0].name for _ in range(3)] == ["sweep_now", "sweep_now_2", "sweep_now_3"]
 
 
 def test_evaluate_sweeps_too(call: Call, tmp_path: Path) -> None:
