@@ -44,6 +44,9 @@ from engine.errors import RequestError, RunError, one_line, printable
 SPINS = "10000"
 
 
+LONGEST = 600  # characters of an error's line; of a longer one the end is kept too, which says what to do
+
+
 def launch(entry: str) -> NoReturn:
     """Answer the command line of the entry point `entry`, then call its `main(config)`; never returns.
 
@@ -117,8 +120,9 @@ def _as_hydra_wants_it(entry: str, arguments: list[str]) -> list[str]:
     options = list(arguments)
     for override in overrides:
         options.remove(override)
-    known = known_names(entry, overrides, directories)
-    overrides = typed.as_meant(entry, overrides, known, group_options(directories))
+    overrides = typed.as_meant(
+        entry, overrides, lambda: known_names(entry, overrides, directories), group_options(directories)
+    )
     if entry == "evaluate" and not any(a.startswith("dataset=") for a in overrides):
         # Settings of the checkpoint's own dataset: let them through, main() holds them against the checkpoint.
         overrides = ["++" + a if a.startswith("dataset.") else a for a in overrides]
@@ -157,7 +161,7 @@ def _told(error: Exception, arguments: list[str], entry: str) -> int:
         message = _explain(error, arguments, entry)
     except RequestError as other:  # a file that would have been named in the explanation is the trouble itself
         message = str(other)
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {shortened(message, LONGEST)}", file=sys.stderr)
     return RequestError.exit_code
 
 
@@ -190,7 +194,7 @@ def _job(config: DictConfig) -> Any:
         fail(RunError("interrupted"), 130)
     except Exception as error:
         if terminal.is_cut_off(error):
-            raise
+            sys.exit(0)  # until it is released
         traceback.print_exc()  # our own bug: the whole traceback
         sys.exit(1)
 
@@ -218,7 +222,7 @@ def _main(config: dict[str, Any]) -> Any:
 
 def fail(error: RunError, exit_code: int | None = None) -> NoReturn:
     """Print the error on one line of stderr and leave with its exit code."""
-    print(f"error: {shortened(one_line(error, 10_000), 600)}", file=sys.stderr)
+    print(f"error: {shortened(one_line(error, 10_000), LONGEST)}", file=sys.stderr)
     sys.exit(error.exit_code if exit_code is None else exit_code)
 
 
@@ -230,7 +234,8 @@ def _explain(error: Exception, arguments: list[str], entry: str) -> str:
     if isinstance(error, yaml.YAMLError):
         return f"not valid YAML: {one_line(error)}"
     if isinstance(error, OverrideParseException):
-        return f"{error.override!r} is not understood: {one_line(error).partition(' See http')[0]}; --help shows how"
+        reason = one_line(error).partition(" See http")[0]
+        return f"{shortened(str(error.override))!r} is not understood: {reason}; --help shows how"
     if "must be a string or a list" in text:
         for group in groups:
             if any(re.fullmatch(rf"{group}=(null|[-+.\de]+|true|false)", a, re.IGNORECASE) for a in arguments):

@@ -184,7 +184,7 @@ def read_settings(
     """
     try:
         text = file.read_text(encoding="utf-8")
-        tree = yaml.compose(text)
+        tree = yaml.compose(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
         values = OmegaConf.to_container(OmegaConf.create(text)) if tree else {}
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise RequestError(f"{file}: not valid YAML: {one_line(error)}") from None

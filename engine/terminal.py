@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from engine.errors import RunError, one_line, printable
+from engine.errors import RunError, printable
 
 # What a progress bar draws itself with: a return before its text, and the way up to its line. Taken from the beginning
 # of a write only, where tqdm sends them, so that no text that was read from somewhere can hold one.
@@ -108,7 +108,7 @@ def release(exit_code: int) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         if stream.failure is not None and not stream.is_error:
             if stream.failure.errno != errno.EPIPE:
-                print(f"error: standard output cannot be written: {one_line(stream.failure)}", file=sys.stderr)
+                print(f"error: standard output cannot be written: {stream.failure.strerror}", file=sys.stderr)
             exit_code = exit_code or (128 + 13 if stream.failure.errno == errno.EPIPE else RunError.exit_code)
         stream.detach()  # or the buffer would be closed with it
     return exit_code

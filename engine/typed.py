@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from glob import has_magic
 from pathlib import Path
 
@@ -30,19 +30,21 @@ NOT_HERE = {
 }
 
 
-def as_meant(entry: str, arguments: Sequence[str], known: Iterable[str], options: dict[str, list[str]]) -> list[str]:
+def as_meant(
+    entry: str, arguments: Sequence[str], known: Callable[[], Iterable[str]], options: dict[str, list[str]]
+) -> list[str]:
     """The command line with files that were typed without a setting's name put where they belong.
 
     Args:
         entry: the entry point (`predict`).
         arguments: the command line without options such as --cfg.
-        known: the names of all settings and groups.
+        known: tells the names of all settings and groups; asked only where it matters, as it reads files.
         options: of each group.
 
     Raises:
         RequestError: it cannot be meant as it was typed; says how to type it.
     """
-    arguments, known = list(arguments), list(known)
+    arguments = list(arguments)
     _check_spaces(arguments)
     _check_brackets(arguments)
     for argument in arguments:
@@ -58,7 +60,7 @@ def as_meant(entry: str, arguments: Sequence[str], known: Iterable[str], options
         raise RequestError(f"{twice[0]} is given twice: {shortened(files[0])} is taken for it; leave one out")
     for argument in given:
         if "=" not in argument and not argument.startswith("~"):
-            raise RequestError(f"{shortened(argument)!r} is not understood: {_bare(argument, known, options)}")
+            raise RequestError(f"{shortened(argument)!r} is not understood: {_bare(argument, known(), options)}")
     if entry != "train":
         given = [quoted_path(argument) for argument in given]
     return given
@@ -88,17 +90,21 @@ def _quoted(text: str) -> str:
 # Files without a name before them
 
 
-def _is_file(entry: str, argument: str, known: Sequence[str]) -> bool:
+def _is_file(entry: str, argument: str, known: Callable[[], Iterable[str]]) -> bool:
     """Whether an argument is a path to evaluate or to predict, and no setting.
 
     Raises:
         RequestError: it can only be one, but there is none.
     """
-    if entry not in ("evaluate", "predict") or argument.startswith("~") or argument.partition("=")[0] in known:
+    if entry not in ("evaluate", "predict") or argument.startswith("~") or not argument:
         return False
-    if os.path.exists(argument) or (entry == "predict" and has_magic(argument) and "=" not in argument):
-        return argument != ""
-    if "=" not in argument and (Path(argument).suffix[1:].isalnum() or "/" in argument):
+    if os.path.exists(argument):
+        return argument.partition("=")[0] not in known()
+    if "=" in argument:
+        return False
+    if entry == "predict" and has_magic(argument):
+        return True
+    if Path(argument).suffix[1:].isalnum() or "/" in argument:
         raise RequestError(f"{shortened(argument)}: no such file")
     return False
 
