@@ -112,21 +112,23 @@ def _as_hydra_wants_it(entry: str, arguments: list[str]) -> list[str]:
     """
     directories = _directories_of(arguments)
     typed_options, overrides = _split(entry, arguments, directories)
-    if typed_options.shell_completion or typed_options.hydra_help:
-        return arguments
-    for name, answer in typed.NOT_HERE.items():
-        if getattr(typed_options, name) is not None:
-            raise RequestError(f"--{name.replace('_', '-')} {getattr(typed_options, name)!r}: cannot be set; {answer}")
     options = list(arguments)
     for override in overrides:
         options.remove(override)
+    if typed_options.shell_completion or typed_options.hydra_help:
+        return options + overrides
+    for name, answer in typed.NOT_HERE.items():
+        if getattr(typed_options, name) is not None:
+            raise RequestError(f"--{name.replace('_', '-')} {getattr(typed_options, name)!r}: cannot be set; {answer}")
     overrides = typed.as_meant(
         entry, overrides, lambda: known_names(entry, overrides, directories), group_options(directories)
     )
     if entry == "evaluate" and not any(a.startswith("dataset=") for a in overrides):
         # Settings of the checkpoint's own dataset: let them through, main() holds them against the checkpoint.
         overrides = ["++" + a if a.startswith("dataset.") else a for a in overrides]
-    return options + overrides if entry != "train" else resume.with_choices_of_run(options + overrides)
+    if entry == "train":
+        _, overrides = _split(entry, resume.with_choices_of_run(options + overrides), directories)
+    return options + overrides
 
 
 def _split(entry: str, arguments: list[str], directories: list[Path]) -> tuple[argparse.Namespace, list[str]]:
@@ -284,7 +286,7 @@ def _directories_of(arguments: list[str]) -> list[Path]:
     for place, argument in enumerate(arguments):
         if argument.startswith(("--config-dir", "-cd")):
             value = argument.partition("=")[2] or "".join(arguments[place + 1 : place + 2])
-            return [CONFIGS, Path(value)]
+            return [CONFIGS, Path(value)] if os.path.isdir(value) else [CONFIGS]  # which Hydra will say
     return [CONFIGS]
 
 

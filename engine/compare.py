@@ -361,7 +361,7 @@ def fitting(rows: Sequence[Row], columns: Sequence[str], width: int | None) -> t
     widths = {column: max(map(len, texts)) for column, texts in zip(columns, _texts(rows, columns), strict=True)}
     left_out: list[str] = []
     while width is not None and sum(widths.values()) + 2 * (len(widths) - 1) > width:
-        settings = [column for column in widths if column not in NOT_SETTINGS and column not in ALWAYS]
+        settings = [column for column in reversed(widths) if column not in NOT_SETTINGS and column not in ALWAYS]
         others = [column for column in ("seconds", "best_epoch", *ALWAYS, "state") if column in widths]
         if not settings and not others:
             break
