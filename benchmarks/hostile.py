@@ -1,10 +1,10 @@
 """Attack the program with files and command lines made to hurt: python benchmarks/hostile.py [--cases 1000] [--seed 0]
 
 From valid checkpoints, run directories and command lines, hostile ones are made by changing them where it matters:
-names, paths, sizes, kinds of values, structure, bytes. Each is given to evaluate.py, predict.py, train.py or the table
-of runs. A case fails if anything is executed, connected to, or written outside of the case's own folder (an audit hook of
-Python's watches), if a traceback or a control character is printed, if a message is long, if the exit code is none of
-ours, or if it takes more than 3 s of the processor's time or 1 GB of memory.
+names, paths, sizes, kinds of values, structure, bytes. Each is given to evaluate.py, predict.py, train.py or the
+table of runs. A case fails if anything is executed, connected to, or written outside of the case's own folder (an
+audit hook of Python's watches), if a traceback or a control character is printed, if a message is long, if the exit
+code is none of ours, or if it takes more than 3 s of the processor's time or 1 GB of memory.
 """
 
 from __future__ import annotations

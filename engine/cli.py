@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import os
 import re
@@ -20,67 +21,134 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from engine import compare, resume, runs, sweep
+from engine import compare, resume, runs, sweep, terminal, typed
 from engine.config import (
     CONFIGS,
     GLOBAL_GROUPS,
     RUNS,
+    Setting,
     as_typed,
     check,
     default_choices,
     find_yaml,
     group_options,
     no_such_option,
+    no_such_setting,
     read_settings,
 )
-from engine.errors import Interrupted, RequestError, RunError, did_you_mean, one_line
+from engine.errors import RequestError, RunError, one_line, printable, shortened
 
 # After a parallel operation torch's threads (GNU OpenMP's) keep their cores busy for some 10 ms, waiting for the next.
 # That is time taken from the workers that read images. A thirtieth of it bridges the gaps within a training step.
 SPINS = "10000"
 
 
+LONGEST = 600  # characters of an error's line; of a longer one the end is kept too, which says what to do
+
+
 def launch(entry: str) -> NoReturn:
     """Answer the command line of the entry point `entry`, then call its `main(config)`; never returns.
 
     Help, TAB completion and every error in the configuration are answered here, before torch is imported. Exit codes:
-    0, 2 for a wrong request, 1 for a failure at work, 130 for Ctrl-C, 143 for SIGTERM.
+    0, 2 for a wrong request, 1 for a failure at work, 130 for Ctrl-C, 141 where nobody reads on, 143 for SIGTERM.
     """
     os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
-    arguments = sys.argv[1:]
-    if {"-h", "--help"} & set(arguments):
-        try:
-            print(help_text(entry, _directories_of(arguments), arguments))
-        except RequestError as error:
-            fail(error)
-        sys.exit(0)
-    if entry == "evaluate" and "--runs" in arguments:
-        _compare([a for a in arguments if a != "--runs"])
-    _check_flags()
-    if entry == "evaluate" and not any(a.startswith("dataset=") for a in arguments):
-        # Settings of the checkpoint's own dataset: let them through, main() holds them against the checkpoint.
-        sys.argv[1:] = ["++" + a if a.startswith("dataset.") else a for a in arguments]
-    if entry != "train" and not {"-m", "--multirun"} & set(arguments):
-        sys.argv[1:] = [_quoted_path(a) for a in sys.argv[1:]]
+    os.environ["PYTHON_COLORS"] = "0"  # tracebacks in colours are made of what may not be sent to a terminal
+    terminal.guard()
     try:
-        if entry == "train":
-            sys.argv[1:] = resume.with_choices_of_run(arguments, _directories_of(arguments))
-    except RequestError as error:
-        fail(error)
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises what it would print, so that we print it in one line
-    try:
-        hydra.main(config_path=str(CONFIGS), config_name=entry, version_base="1.3")(_job)()
-        exit_code = 0
-    except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
-        exit_code = 130
+        exit_code = _answered(entry, sys.argv[1:])
     except SystemExit as end:  # a run of its own that failed, or the end of an interrupted sweep
         if isinstance(end.code, str):
             print(end.code, file=sys.stderr)
         exit_code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except OSError as error:
+        if not terminal.is_cut_off(error):
+            raise
+        exit_code = 0  # until it is released
+    sys.exit(terminal.release(_finished_sweep(exit_code)))
+
+
+def _finished_sweep(exit_code: int) -> int:
+    try:
+        return sweep.finish(exit_code)
+    except OSError as error:
+        if not terminal.is_cut_off(error):
+            raise
+        return exit_code
+
+
+def _answered(entry: str, arguments: list[str]) -> int:
+    """The exit code of a command line, for which all was done but for the table of a sweep."""
+    try:
+        if {"-h", "--help"} & set(arguments):
+            runs_table = entry == "evaluate" and "--runs" in arguments
+            print(compare.USAGE if runs_table else help_text(entry, _directories_of(arguments), arguments))
+            return 0
+        if entry == "evaluate" and "--runs" in arguments:
+            print(compare.command([a for a in arguments if a != "--runs"], RUNS, terminal.width()))
+            return 0
+        sys.argv[1:] = arguments = _as_hydra_wants_it(entry, arguments)
+    except RunError as error:
+        fail(error)
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises what it would print, so that we print it in one line
+    try:
+        hydra.main(config_path=str(CONFIGS), config_name=entry, version_base="1.3")(_job)()
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return 130
     except Exception as error:
-        exit_code = _told(error, arguments, entry)
-    sys.exit(sweep.finish(exit_code))
+        if terminal.is_cut_off(error):
+            raise
+        return _told(error, arguments, entry)
+    return 0
+
+
+def _as_hydra_wants_it(entry: str, arguments: list[str]) -> list[str]:
+    """The command line with Hydra's own options first and what was typed as people do put as Hydra understands it.
+
+    Raises:
+        RequestError: it cannot be meant so.
+    """
+    directories = _directories_of(arguments)
+    typed_options, overrides = _split(entry, arguments, directories)
+    options = list(arguments)
+    for override in overrides:
+        options.remove(override)
+    if typed_options.shell_completion or typed_options.hydra_help:
+        return options + overrides
+    for name, answer in typed.NOT_HERE.items():
+        if getattr(typed_options, name) is not None:
+            raise RequestError(f"--{name.replace('_', '-')} {getattr(typed_options, name)!r}: cannot be set; {answer}")
+    overrides = typed.as_meant(
+        entry, overrides, lambda: known_names(entry, overrides, directories), group_options(directories)
+    )
+    if entry == "evaluate" and not any(a.startswith("dataset=") for a in overrides):
+        # Settings of the checkpoint's own dataset: let them through, main() holds them against the checkpoint.
+        overrides = ["++" + a if a.startswith("dataset.") else a for a in overrides]
+    if entry == "train":
+        _, overrides = _split(entry, resume.with_choices_of_run(options + overrides, directories), directories)
+    return options + overrides
+
+
+def _split(entry: str, arguments: list[str], directories: list[Path]) -> tuple[argparse.Namespace, list[str]]:
+    """Hydra's own options that were typed, and the rest; an option that Hydra does not know is no page of usage."""
+    if sys.version_info >= (3, 14):
+        # There argparse checks help texts while a parser is built, and one of Hydra's is made only when it is shown
+        # (facebookresearch/hydra#3121). Hydra builds a parser of its own after this one.
+        argparse.ArgumentParser._check_help = lambda *_: None  # type: ignore[attr-defined]
+    parser = get_args_parser()
+
+    def refuse(message: str) -> NoReturn:
+        unknown = message.partition("unrecognized arguments: ")[2].split(" ")[0]
+        if unknown and unknown in arguments:
+            after = arguments[arguments.index(unknown) + 1 :]
+            meant = typed.without_dashes(unknown, after, known_names(entry, arguments, directories))
+            message = f"{shortened(unknown)}: {meant}" if meant else message
+        raise RequestError(f"{message}; --help shows how" if "--help" not in message else message)
+
+    parser.error = refuse  # type: ignore[method-assign]
+    found = parser.parse_intermixed_args(arguments)
+    return found, list(found.overrides or [])
 
 
 def _told(error: Exception, arguments: list[str], entry: str) -> int:
@@ -94,7 +162,7 @@ def _told(error: Exception, arguments: list[str], entry: str) -> int:
         message = _explain(error, arguments, entry)
     except RequestError as other:  # a file that would have been named in the explanation is the trouble itself
         message = str(other)
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {shortened(message, LONGEST)}", file=sys.stderr)
     return RequestError.exit_code
 
 
@@ -111,50 +179,24 @@ class SweepStart(Callback):
             sys.exit(_told(error, sys.argv[1:], str(config.hydra.job.name)))
 
 
-def _compare(arguments: list[str]) -> NoReturn:
-    """Print the table of all runs."""
-    try:
-        print(compare.command(arguments, RUNS))
-        sys.exit(0)
-    except RunError as error:
-        fail(error)
-
-
-def _quoted_path(argument: str) -> str:
-    """`checkpoint=a (1),b=2.pt` quoted as Hydra wants it, so that a path can be typed or completed as it is."""
-    name, _, value = argument.partition("=")
-    if (
-        name not in ("checkpoint", "images", "output")
-        or value[:1] in ("", "[", "'", '"')
-        or re.fullmatch(r"[\w./-]*", value)
-    ):
-        return argument
-    escaped = value.replace("'", r"\'")
-    return f"{name}='{escaped}'"
-
-
-def _check_flags() -> None:
-    """Refuse a command line whose `--flags` Hydra does not know; it would answer with a page of usage."""
-    parser = get_args_parser()
-    parser.error = lambda message: fail(RequestError(f"{message}; --help shows how"))  # type: ignore[method-assign]
-    parser.parse_args()
-
-
 def _job(config: DictConfig) -> Any:
     """One job: check its configuration, import its entry point (and with it torch), run it."""
+    terminal.guard()  # of a launcher's process, too
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         return sweep.run_job(config, _checked, _main)
     try:
-        return _main(_checked(config))
+        checked = _checked(config)
+        for name in typed.given_twice(HydraConfig.get().overrides.task):
+            print(f"note: {printable(name)} is given twice, the last one counts", file=sys.stderr)
+        return _main(checked)
     except RunError as error:
         fail(error)
     except KeyboardInterrupt:
         fail(RunError("interrupted"), 130)
-    except BrokenPipeError:  # `| head` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + 13)
-    except Exception:  # our own bug: the whole traceback
-        traceback.print_exc()
+    except Exception as error:
+        if terminal.is_cut_off(error):
+            sys.exit(0)  # until it is released
+        traceback.print_exc()  # our own bug: the whole traceback
         sys.exit(1)
 
 
@@ -169,17 +211,19 @@ def _checked(config: DictConfig) -> dict[str, Any]:
 
 def _main(config: dict[str, Any]) -> Any:
     """Call main() of the entry point that is running; a run that does not come to its end is closed and marked so."""
+    if config.get("resume") and not sweep.is_job() and (told := runs.finished_before(config)):
+        print(told)
+        return None
     try:
         return importlib.import_module(HydraConfig.get().job.name).main(config)
     except BaseException as error:
-        stopped = isinstance(error, (Interrupted, KeyboardInterrupt))
-        runs.abandon("stopped" if stopped else "failed", one_line(error))
+        runs.abandon(error)
         raise
 
 
 def fail(error: RunError, exit_code: int | None = None) -> NoReturn:
     """Print the error on one line of stderr and leave with its exit code."""
-    print(f"error: {one_line(error, 1500)}", file=sys.stderr)
+    print(f"error: {shortened(one_line(error, 10_000), LONGEST)}", file=sys.stderr)
     sys.exit(error.exit_code if exit_code is None else exit_code)
 
 
@@ -191,7 +235,8 @@ def _explain(error: Exception, arguments: list[str], entry: str) -> str:
     if isinstance(error, yaml.YAMLError):
         return f"not valid YAML: {one_line(error)}"
     if isinstance(error, OverrideParseException):
-        return f"{error.override!r} is not understood: {one_line(error).partition(' See http')[0]}; --help shows how"
+        reason = one_line(error).partition(" See http")[0]
+        return f"{shortened(str(error.override))!r} is not understood: {reason}; --help shows how"
     if "must be a string or a list" in text:
         for group in groups:
             if any(re.fullmatch(rf"{group}=(null|[-+.\de]+|true|false)", a, re.IGNORECASE) for a in arguments):
@@ -203,16 +248,36 @@ def _explain(error: Exception, arguments: list[str], entry: str) -> str:
         return no_such_option(group, option, groups.get(group, []))
     if found := re.search(r"Could not override '([^']+)'", text):
         name = found[1].partition("@")[0]
-        known = list(read_settings(find_yaml(directories, entry), directories=directories))
-        known += [] if "." in name else groups
-        chosen = dict(a.split("=", 1) for a in arguments if "=" in a)
-        for group, default in default_choices(find_yaml(directories, entry)).items():
-            for option in str(chosen.get(group, default)).strip("[]").split(","):  # of a sweep or a list, each
-                file = find_yaml(directories, f"{group}/{option.strip()}")
-                if file.is_file():
-                    known += read_settings(file, f"{group}.", directories, group)
-        return f"there is no setting {name!r}{did_you_mean(name, known)}; --help lists them all"
+        known = known_names(entry, arguments, directories)
+        return no_such_setting(name, known if "." not in name else [k for k in known if k not in groups])
+    if found := re.search(
+        r"Ambiguous value for argument '(.+?)'\n1\. |Sweep parameters '(.+?)' requires", text, re.DOTALL
+    ):
+        typed_value = found[1] or found[2]
+        name, _, values = typed_value.partition("=")
+        setting = known_names(entry, arguments, directories).get(name)
+        takes_lists = setting is not None and "list" in setting.kind
+        lists = f"; a list is typed {shortened(f'{name}=[{values}]')}" if takes_lists else ""
+        return f"{shortened(typed_value)}: several values, one run each, need -m: python {entry}.py -m ...{lists}"
     return f"the command line is not understood: {one_line(error)}"
+
+
+def known_names(entry: str, arguments: Sequence[str], directories: Sequence[Path]) -> dict[str, Setting | None]:
+    """The names of all settings, with the options that the arguments choose, and of all groups.
+
+    Raises:
+        RequestError: a YAML file cannot be read.
+    """
+    file = find_yaml(directories, entry)
+    groups = {group: option for group, option in default_choices(file).items() if not group.startswith("override ")}
+    known: dict[str, Setting | None] = {**dict.fromkeys(groups), **read_settings(file, directories=directories)}
+    chosen = dict(a.split("=", 1) for a in arguments if "=" in a)
+    for group, default in groups.items():
+        for option in str(chosen.get(group, default)).strip("[]").split(","):  # of a sweep or a list, each
+            own = find_yaml(directories, f"{group}/{option.strip()}")
+            if os.path.isfile(own):
+                known |= read_settings(own, f"{group}.", directories, group)
+    return known
 
 
 def _directories_of(arguments: list[str]) -> list[Path]:
@@ -220,7 +285,7 @@ def _directories_of(arguments: list[str]) -> list[Path]:
     for place, argument in enumerate(arguments):
         if argument.startswith(("--config-dir", "-cd")):
             value = argument.partition("=")[2] or "".join(arguments[place + 1 : place + 2])
-            return [CONFIGS, Path(value)]
+            return [CONFIGS, Path(value)] if os.path.isdir(value) else [CONFIGS]  # which Hydra will say
     return [CONFIGS]
 
 

@@ -13,33 +13,41 @@ import fcntl
 import fnmatch
 import io
 import json
+import math
+import os
 import re
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from engine.errors import RequestError, did_you_mean
+from engine import files, runs, trust
+from engine.errors import RequestError, RunError, did_you_mean, one_line, shortened
 
 Row = dict[str, Any]
 
-RESULTS = ("run", "state", "val_accuracy", "val_loss", "test_accuracy", "test_loss", "best_epoch", "epoch", "seconds")
+RESULTS = (
+    "run", "state", "train_accuracy", "val_accuracy", "val_loss", "test_accuracy", "test_loss", "best_epoch", "epoch",
+    "seconds",
+)  # fmt: skip
 ALWAYS = ("model", "dataset")  # shown even where all runs agree
-AVERAGED = ("val_accuracy", "test_accuracy")
+AVERAGED = ("train_accuracy", "val_accuracy", "test_accuracy")
 NOT_COMPARED = ("logger", "hparams_search")  # groups that change nothing about what a run comes to by themselves
 NOT_SETTINGS = (*RESULTS, "reason", "name", "runs", *(f"{name}_std" for name in AVERAGED))
-USAGE = """usage: python evaluate.py --runs [COLUMN=VALUE ...] [sort=COLUMN] [mean=seed] [output=FILE.csv]
+WIDEST, WIDEST_LINE = 32, 100  # characters of a cell of the table; of a run's name, which people copy, and a reason
+OPTIONS = ("columns", "sort", "mean", "output")
+USAGE = """usage: python evaluate.py --runs [COLUMN=VALUE ...] [columns=...] [sort=COLUMN] [mean=seed] [output=FILE.csv]
 
 The table of all runs: what differs in their configurations and what they came to, best first.
 A column is a result (run, state, val_accuracy, test_accuracy, seconds), a group (model) or a setting (optimizer.lr).
+A terminal that is too narrow gets fewer columns than there are; `columns=` chooses them, and the CSV file has them all.
 
 Examples:
   python evaluate.py --runs
   python evaluate.py --runs model=cnn,mlp state=finished sort=-seconds
   python evaluate.py --runs 'val_accuracy>0.9' 'run=lr_search/*' mean=seed
-  python evaluate.py --runs dataset=digits output=runs.csv"""
+  python evaluate.py --runs dataset=digits output=runs.csv
+  python evaluate.py --runs columns=run,lr,val_accuracy sort=lr"""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -48,40 +56,73 @@ Examples:
 
 def read_runs(root: Path) -> list[Row]:
     """A row for each run below `root`, in sweeps too, oldest first."""
-    directories = {
-        file.parent.parent for pattern in ("*", "*/*") for file in root.glob(f"{pattern}/.hydra/config.yaml")
-    }
-    real = [
-        directory for directory in directories if not directory.is_symlink()
-    ]  # `latest` is one that is there already
-    return [row for row in (read_run(d, root) for d in sorted(real, key=_began)) if row is not None]
-
-
-def _began(directory: Path) -> tuple[float, str]:
-    return (directory / ".hydra" / "config.yaml").stat().st_mtime, str(directory)
+    return [row for row in (read_run(d, root) for d in runs.all_directories(root)) if row is not None]
 
 
 def read_run(directory: Path, root: Path) -> Row | None:
-    """The row of one run; None where its configuration cannot be read (it is being made or removed)."""
-    try:
-        text = (directory / ".hydra" / "config.yaml").read_text(encoding="utf-8")
-        config = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except (OSError, yaml.YAMLError):
-        return None
-    if not isinstance(config, dict):
-        return None
+    """The row of one run; None where there is none (any more).
+
+    A file of it that cannot be read costs what it would have told; the row's state is `damaged` and its reason why.
+    """
     row: Row = {"run": directory.relative_to(root).as_posix(), "state": "", **{key: None for key in RESULTS[2:]}}
-    choices = config.pop("choices", None) or {}
-    for group in NOT_COMPARED:
-        choices.pop(group, None)
-        config.pop(group, None)
-    row |= {group: option for group, option in choices.items() if option is not None}
-    row |= {name: value for name, value in flatten(config).items() if name not in row and not name.endswith("_target_")}
-    row |= _metrics(directory / "metrics.csv")
-    summary = read_json(directory / "summary.json")
-    row |= {key: summary[key] for key in RESULTS if key in summary}
-    row["state"], row["reason"] = _state(directory, finished="test_accuracy" in summary)
+    sources = {".hydra/config.yaml": _configuration, "metrics.csv": _metrics, "summary.json": _summary}
+    damages = []
+    there = []
+    for name, read in sources.items():
+        try:
+            found = read(directory / name)
+            there.append(name)
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError, RecursionError, csv.Error) as error:
+            damages.append(f"{name}: {one_line(error, 120)}")
+        else:
+            row |= found
+    if not there and not damages:
+        return None
+    row["state"], row["reason"] = _state(directory, finished="summary.json" in there)
+    if damages:
+        row["state"], row["reason"] = "damaged", "; ".join(damages)
     return row
+
+
+def _configuration(file: Path) -> Row:
+    """The option chosen of each group, and every setting.
+
+    Raises:
+        OSError, ValueError: it is no run's configuration.
+    """
+    config = trust.parse_config(files.read_text(file))
+    choices = {group: option for group, option in config.pop("choices").items() if option is not None}
+    settings = {name: value for name, value in flatten(config).items() if not name.endswith("_target_")}
+    return {
+        name: value
+        for name, value in {**settings, **choices}.items()
+        if name.partition(".")[0] not in NOT_COMPARED and (name == "name" or name not in NOT_SETTINGS)
+    }
+
+
+def _summary(file: Path) -> Row:
+    """What summary.json tells of a run that has finished.
+
+    Raises:
+        OSError, ValueError: it is none.
+    """
+    summary = json.loads(files.read_text(file))
+    if not isinstance(summary, dict) or "test_accuracy" not in summary:
+        raise ValueError("it tells no test accuracy")
+    found = {key: summary[key] for key in RESULTS[2:] if summary.get(key) is not None}
+    for key, value in found.items():
+        if isinstance(value, (bool, str)) or as_number(value) is None:
+            raise ValueError(f"{key} is no finite number")
+    return _checked(found)
+
+
+def _checked(found: Row) -> Row:
+    for key in AVERAGED:
+        if found.get(key) is not None and not 0 <= found[key] <= 1:
+            raise ValueError(f"{key} is not between 0 and 1")
+    return found
 
 
 def _state(directory: Path, finished: bool) -> tuple[str, str]:
@@ -90,53 +131,55 @@ def _state(directory: Path, finished: bool) -> tuple[str, str]:
         return "finished", ""
     if _is_running(directory):
         return "running", ""
-    end = read_json(directory / "end.json")  # not there where the process was killed
-    return str(end.get("state", "stopped")), str(end.get("reason", ""))
+    end = files.read_json(directory / "end.json")  # not there where the process was killed
+    state = end.get("state")
+    return state if state in ("failed", "stopped") else "stopped", str(end.get("reason", ""))
 
 
 def _is_running(directory: Path) -> bool:
     """Whether a process holds the lock of the run."""
     try:
+        if not (directory / ".lock").is_file():
+            return False
         with (directory / ".lock").open("r+", encoding="utf-8") as file:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
     except OSError:
-        return False  # there is none, or it is somebody else's
+        return False  # it is somebody else's
     return False
 
 
 def _metrics(file: Path) -> Row:
-    """What metrics.csv tells of a run that may not have come to its end."""
-    try:
-        with file.open(encoding="utf-8", newline="") as lines:
-            epochs = list(csv.DictReader(lines))
-    except OSError:
-        return {}
+    """What metrics.csv tells of a run that may not have come to its end.
+
+    Raises:
+        OSError, ValueError, csv.Error: it is no table.
+    """
+    text = files.read_text(file)
+    if "\0" in text:
+        raise ValueError("it holds zero bytes")
+    epochs = list(csv.DictReader(io.StringIO(text, newline="")))
     result: Row = {"epoch": len(epochs), "seconds": round(sum(as_number(e.get("seconds")) or 0 for e in epochs), 3)}
     measured = [epoch for epoch in epochs if as_number(epoch.get("val_accuracy")) is not None]
-    if measured:
-        best = max(measured, key=lambda e: (as_number(e["val_accuracy"]), -(as_number(e.get("val_loss")) or 0)))
-        result |= {key: as_number(best.get(key)) for key in ("val_accuracy", "val_loss")}
+    if epochs:  # without a validation part the last one counts
+        best = max(
+            measured,
+            key=lambda e: (as_number(e["val_accuracy"]), -(as_number(e.get("val_loss")) or 0)),
+            default=epochs[-1],
+        )
+        result |= {key: as_number(best.get(key)) for key in ("train_accuracy", "val_accuracy", "val_loss")}
         result["best_epoch"] = int(as_number(best.get("epoch")) or 0)
-    return result
+    return _checked(result)
 
 
 def as_number(text: Any) -> float | None:
     """A cell as a number, None where it is none."""
     try:
-        return float(text)
-    except (TypeError, ValueError):
+        number = float(text)
+    except (TypeError, ValueError, OverflowError):
         return None
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON file's dictionary, an empty one where there is none that can be read."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+    return number if math.isfinite(number) else None
 
 
 def flatten(tree: dict[Any, Any], prefix: str = "") -> dict[str, Any]:
@@ -160,6 +203,7 @@ def differing(rows: Sequence[Row]) -> list[str]:
     A group's settings are compared between runs that chose the same option: that a CNN has a width and an MLP has
     none is said by the column `model`.
     """
+    rows = [row for row in rows if "model" in row]  # a damaged one may tell nothing of its settings
     names = dict.fromkeys(key for row in rows for key in row if key not in NOT_SETTINGS)
     found = []
     for name in names:
@@ -168,7 +212,7 @@ def differing(rows: Sequence[Row]) -> list[str]:
         for row in rows:
             if name in row:
                 option = str(row.get(group)) if "." in name else ""
-                values.setdefault(option, set()).add(json.dumps(row[name], default=str))
+                values.setdefault(option, set()).add(repr(row[name]))
         if any(len(different) > 1 for different in values.values()):
             found.append(name)
         elif "." not in name and any(name not in row for row in rows) and name not in ALWAYS:
@@ -189,8 +233,8 @@ def column_named(name: str, rows: Sequence[Row]) -> str:
     if len(ending) == 1:
         return ending[0]
     if len(ending) > 1:
-        raise RequestError(f"--runs: {name!r} may be {' or '.join(ending)}; type the whole name")
-    raise RequestError(f"--runs: no run has a column {name!r}{did_you_mean(name, known)}")
+        raise RequestError(f"--runs: {name!r} may be {shortened(' or '.join(ending), 200)}; type the whole name")
+    raise RequestError(f"--runs: no run has a column {shortened(name)!r}{did_you_mean(name, known)}")
 
 
 _CONDITION = re.compile(r"(?P<name>[\w./@-]+?)\s*(?P<operator>>=|<=|!=|=|>|<)\s*(?P<value>.*)", re.DOTALL)
@@ -258,8 +302,8 @@ def mean_over(rows: Sequence[Row], setting: str) -> list[Row]:
     groups: dict[str, list[Row]] = {}
     for row in rows:
         if row["state"] == "finished":
-            own = {key: v for key, v in row.items() if key not in (*NOT_SETTINGS, setting)}
-            groups.setdefault(json.dumps(own, sort_keys=True, default=str), []).append(row)
+            own = sorted((key, repr(v)) for key, v in row.items() if key not in (*NOT_SETTINGS, setting))
+            groups.setdefault(repr(own), []).append(row)
     means = []
     for group in groups.values():
         mean = {key: value for key, value in group[0].items() if key not in (*RESULTS, setting)} | {"runs": len(group)}
@@ -289,27 +333,68 @@ def cell(value: Any) -> str:
     return str(value)
 
 
+def counted(number: int, thing: str) -> str:
+    """`1 run`, `2 runs`."""
+    return f"{number:,} {thing}" + ("" if number == 1 else "s")
+
+
+def chosen_by(rows: Sequence[Row]) -> str:
+    """The accuracy that says which run is the best: validation's, and that of training where none was validated."""
+    return "val_accuracy" if any(row.get("val_accuracy") is not None for row in rows) else "train_accuracy"
+
+
 def shown_columns(rows: Sequence[Row], always: Sequence[str] = ALWAYS) -> list[str]:
     """The columns of the table, left to right: the run, `always` and what differs, what came out."""
     settings = [*always, *(name for name in differing(rows) if name not in always)]
     head = [key for key in ("run", "state") if any(key in row for row in rows)]
-    results = ("runs", "best_epoch", "val_accuracy", "test_accuracy", "seconds")
+    results = ("runs", "best_epoch", chosen_by(rows), "test_accuracy", "seconds")
     tail = [key for key in results if any(key in row for row in rows)]
     return [*head, *settings, *tail]
 
 
-def table(rows: Sequence[Row], columns: Sequence[str]) -> str:
-    """Aligned text; a heading is the last part of a name where that is enough to tell it."""
+def fitting(rows: Sequence[Row], columns: Sequence[str], width: int | None) -> tuple[list[str], list[str]]:
+    """The columns that a terminal of so many characters shows side by side, and those that are left out for it.
+
+    Settings go before results, and of these the widest, which say least at a glance, such as lists of transforms.
+    """
+    widths = {column: max(map(len, texts)) for column, texts in zip(columns, _texts(rows, columns), strict=True)}
+    left_out: list[str] = []
+    while width is not None and sum(widths.values()) + 2 * (len(widths) - 1) > width:
+        settings = [column for column in reversed(widths) if column not in NOT_SETTINGS and column not in ALWAYS]
+        others = [column for column in ("seconds", "best_epoch", *ALWAYS, "state") if column in widths]
+        if not settings and not others:
+            break
+        left_out.append(max(settings, key=widths.__getitem__) if settings else others[0])
+        del widths[left_out[-1]]
+    return list(widths), left_out
+
+
+def table(rows: Sequence[Row], columns: Sequence[str], width: int | None = None) -> str:
+    """Aligned text of at most `width` characters a line, if that can be; a long value is cut in its middle.
+
+    A heading is the last part of a name where that is enough to tell it.
+    """
+    columns, left_out = fitting(rows, columns, width)
+    numeric = [all(as_number(row.get(c)) is not None for row in rows if row.get(c) is not None) for c in columns]
+    padded = []
+    for texts, right in zip(_texts(rows, columns), numeric, strict=True):
+        widest = max(map(len, texts))
+        padded.append([f"{text:>{widest}}" if right else f"{text:<{widest}}" for text in texts])
+    lines = ["  ".join(line).rstrip() for line in zip(*padded, strict=True)]
+    if left_out:
+        names = shortened(", ".join(left_out), 200)
+        lines += ["", f"too narrow for {counted(len(left_out), 'column')}: {names}"]
+    return "\n".join(lines)
+
+
+def _texts(rows: Sequence[Row], columns: Sequence[str]) -> list[list[str]]:
+    """Of each column its heading and its cells, safe to print."""
     last = [column.rpartition(".")[2] for column in columns]
     headings = [short if last.count(short) == 1 else column for short, column in zip(last, columns, strict=True)]
-    cells = [headings, *([_shown(row, column) for column in columns] for row in rows)]
-    widths = [max(len(line[place]) for line in cells) for place in range(len(columns))]
-    numeric = [all(as_number(row.get(c)) is not None for row in rows if row.get(c) is not None) for c in columns]
-    lines = []
-    for line in cells:
-        padded = (f"{t:>{w}}" if right else f"{t:<{w}}" for t, w, right in zip(line, widths, numeric, strict=True))
-        lines.append("  ".join(padded).rstrip())
-    return "\n".join(lines)
+    return [
+        [shortened(heading, WIDEST), *(_shown(row, column) for row in rows)]
+        for heading, column in zip(headings, columns, strict=True)
+    ]
 
 
 def _shown(row: Row, column: str) -> str:
@@ -321,7 +406,17 @@ def _shown(row: Row, column: str) -> str:
         return f"{value:.4f}" + (f" ± {spread:.4f}" if spread is not None else "")
     if column == "seconds":
         return f"{value:.1f}"
-    return cell(value)
+    return shortened(cell(value), WIDEST_LINE if column in ("run", "reason") else WIDEST)
+
+
+def damages(rows: Sequence[Row], most: int = 5) -> str:
+    """Which runs are damaged, and how: lines below the table, or nothing."""
+    damaged = [row for row in rows if row.get("state") == "damaged"]
+    lines = [f"damaged  {shortened(row['run'], WIDEST_LINE)}: {row['reason']}" for row in damaged[:most]]
+    if len(damaged) > most:
+        more = counted(len(damaged) - most, "more run")
+        lines.append(f"damaged  {more}; state=damaged columns=run,reason lists them")
+    return "".join(f"\n{line}" for line in lines)
 
 
 def csv_text(rows: Sequence[Row], columns: Sequence[str]) -> str:
@@ -341,13 +436,13 @@ def csv_text(rows: Sequence[Row], columns: Sequence[str]) -> str:
 # The command
 
 
-def command(arguments: Sequence[str], root: Path) -> str:
+def command(arguments: Sequence[str], root: Path, width: int | None = None) -> str:
     """The answer to `python evaluate.py --runs ARGUMENTS`.
 
     Raises:
         RequestError: there are no runs, or an argument is not understood.
     """
-    options = dict(a.split("=", 1) for a in arguments if a.startswith(("sort=", "mean=", "output=")))
+    options = dict(a.split("=", 1) for a in arguments if a.partition("=")[0] in OPTIONS and "=" in a)
     conditions = [a for a in arguments if a.partition("=")[0] not in options]
     rows = read_runs(root)
     if not rows:
@@ -355,23 +450,33 @@ def command(arguments: Sequence[str], root: Path) -> str:
     total = len(rows)
     rows = matching(rows, conditions)
     if not rows:
-        return f"none of {total} runs fulfils {' '.join(conditions)}"
+        return f"of {counted(total, 'run')} none fulfils {shortened(' '.join(conditions), 200)}"
+    broken = damages(rows)
     if "mean" in options:
         rows = mean_over(rows, column_named(options["mean"], rows))
         if not rows:
             raise RequestError(f"--runs mean={options['mean']}: none of these runs has finished")
     columns = shown_columns(rows)
+    if "columns" in options:
+        columns = list(dict.fromkeys(column_named(name.strip(), rows) for name in options["columns"].split(",")))
+        width = None
     if "sort" in options:
         rows = sorted_by(rows, options["sort"])
     else:  # the best first within each dataset, which is where accuracies can be compared
-        rows = sorted(sorted_by(rows, "val_accuracy"), key=lambda row: str(row.get("dataset")))
-    if "sort" in options and (chosen := column_named(options["sort"].removeprefix("-"), rows)) not in columns:
-        columns.append(chosen)
-    text = table(rows, columns)
+        rows = sorted(sorted_by(rows, chosen_by(rows)), key=lambda row: str(row.get("dataset")))
+    if "sort" in options and "columns" not in options:
+        columns = list(dict.fromkeys([*columns, column_named(options["sort"].removeprefix("-"), rows)]))
+    text = table(rows, columns, width)
+    if width is not None and "too narrow" in text:
+        text += "; columns= chooses, output=FILE.csv has all"
+    text += f"\n{broken}" if broken else ""
     if "output" in options:
+        file, typed = Path(options["output"]), f"output={shortened(options['output'])}"
+        if os.path.exists(file) and not os.path.isfile(file):
+            raise RequestError(f"{typed}: cannot be written (it is no file)")
         try:
-            Path(options["output"]).write_text(csv_text(rows, columns), encoding="utf-8")
-        except OSError as error:
-            raise RequestError(f"output={options['output']}: cannot be written ({error.strerror})") from None
-        text += f"\n\nwritten to {options['output']}"
+            files.write(file, csv_text(rows, columns))
+        except (RunError, ValueError) as error:
+            raise RequestError(f"{typed}: cannot be written ({one_line(error)})") from None
+        text += f"\n\nwritten to {file}"
     return text

@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import math
+import os
 import re
 import traceback
 from collections.abc import Callable, Iterable, Sequence
@@ -25,13 +26,66 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from engine import trackers
-from engine.errors import RequestError, RunError, did_you_mean, one_line
+from engine.errors import RequestError, RunError, did_you_mean, one_line, shortened
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs"
 RUNS = Path("checkpoints")
 GLOBAL_GROUPS = ("experiment", "hparams_search", "debug")  # their files set values anywhere (`@package _global_`)
+LARGEST = 2**63 - 1  # an integer of 64 bits, which is what counts and indices become
+LONGEST = 4096, 255  # bytes of a path and of a name in it, of any text that is typed
 BUILT_GROUPS = ("model", "dataset", "optimizer", "scheduler", "criterion")  # their files name a class or function
+
+
+# What other programs call a setting or group of ours.
+OTHER_WORDS = {
+    "loss": "criterion",
+    "criteria": "criterion",
+    "loss_fn": "criterion",
+    "arch": "model",
+    "architecture": "model",
+    "net": "model",
+    "network": "model",
+    "data": "dataset",
+    "optim": "optimizer",
+    "opt": "optimizer",
+    "learning_rate": "optimizer.lr",
+    "wd": "optimizer.weight_decay",
+    "lr_scheduler": "scheduler",
+    "schedule": "scheduler",
+    "sched": "scheduler",
+    "bs": "batch_size",
+    "bsz": "batch_size",
+    "workers": "num_workers",
+    "threads": "num_workers",
+    "gpu": "device",
+    "gpus": "device",
+    "cuda": "device",
+    "accelerator": "device",
+    "max_epochs": "epochs",
+    "num_epochs": "epochs",
+    "n_epochs": "epochs",
+    "grad_clip": "clip_grad_norm",
+    "gradient_clip_val": "clip_grad_norm",
+    "augmentation": "dataset.train_transforms",
+    "transforms": "dataset.train_transforms",
+    "transform": "dataset.train_transforms",
+    "data_dir": "dataset.root",
+    "path": "dataset.root",
+    "run_name": "name",
+    "output": "name",
+    "output_dir": "name",
+    "random_seed": "seed",
+    "ckpt": "checkpoint",
+    "ckpt_path": "checkpoint",
+    "weights": "checkpoint",
+    "model_path": "checkpoint",
+    "image": "images",
+    "input": "images",
+    "source": "images",
+    "k": "top_k",
+    "topk": "top_k",
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -81,6 +135,8 @@ class Setting:
             one = Setting(self.name, None, kind, self.rule, False, "")
             right_count = isinstance(value, list) and (not count or len(value) == int(count[0]))
             return right_count and all(one.accepts(item) for item in value)
+        if isinstance(value, int) and self.kind in ("int", "float") and abs(value) > LARGEST:
+            return False
         kinds = {"int": int, "float": (int, float), "bool": bool, "str": (str, int, float), "list": list}
         if self.kind in kinds and not isinstance(value, kinds[self.kind]):  # type: ignore[arg-type]
             return False
@@ -128,7 +184,7 @@ def read_settings(
     """
     try:
         text = file.read_text(encoding="utf-8")
-        tree = yaml.compose(text)
+        tree = yaml.compose(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
         values = OmegaConf.to_container(OmegaConf.create(text)) if tree else {}
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise RequestError(f"{file}: not valid YAML: {one_line(error)}") from None
@@ -246,11 +302,57 @@ def check_value(name: str, value: Any, known: dict[str, Setting]) -> None:
     """Raise a RequestError unless `name` is one of the `known` settings and `value` is valid for it."""
     setting = known.get(name)
     if setting is None:
-        raise RequestError(f"there is no setting {name!r}{did_you_mean(name, known)}")
+        raise RequestError(no_such_setting(name, known))
     if value == "???":
         raise RequestError(f"{name} has to be given: {setting.meaning or setting.expected}")
+    typed = f"{name}={shortened(as_typed(value))}"
     if not setting.accepts(value):
-        raise RequestError(f"{name}={as_typed(value)}: expected {setting.expected}")
+        why = ""
+        if isinstance(value, int) and abs(value) > LARGEST:
+            why = f", of at most {LARGEST:,}"
+        elif setting.kind.startswith("list") and isinstance(value, (str, int, float)):
+            why = f"; write {name}=[{shortened(as_typed(value))}]"
+        raise RequestError(f"{typed}: expected {setting.expected}{why}")
+    if trouble := _trouble_of(value):
+        raise RequestError(f"{typed}: {trouble}")
+
+
+def _trouble_of(value: Any) -> str:
+    """Why a value cannot be kept in a run's files, nor a file be named so; empty where it is in order."""
+    if isinstance(value, (list, dict)):
+        parts = [*value, *value.values()] if isinstance(value, dict) else value
+        return next(filter(None, map(_trouble_of, parts)), "")
+    if isinstance(value, int) and abs(value) > LARGEST:
+        return f"holds a number beyond {LARGEST:,}"
+    if not isinstance(value, str):
+        return ""
+    try:
+        encoded = value.encode()
+    except UnicodeEncodeError:
+        return "not in UTF-8; expected text, or a file or folder that is renamed so"
+    if b"\0" in encoded:
+        return "holds a zero byte, which no name may"
+    most, most_of_part = LONGEST
+    if len(encoded) > most or max(map(len, encoded.split(b"/"))) > most_of_part:
+        return f"too long; expected at most {most:,} bytes, and {most_of_part} between two slashes"
+    return ""
+
+
+def no_such_setting(name: str, known: Iterable[str]) -> str:
+    """That there is no setting of this name; names the nearest, and all of its group where none is near."""
+    known = [k for k in known if not k.endswith("_target_")]
+    group, _, last = name.rpartition(".")
+    siblings = [k for k in known if group and k.startswith(f"{group}.")]
+    meant = OTHER_WORDS.get(last.lower().replace("-", "_"))
+    if meant in known:
+        near = f" (did you mean {meant}?)"
+    elif siblings:  # near is what is near without the group's name, which all have in common
+        found = did_you_mean(last, [k.rpartition(".")[2] for k in siblings])
+        near = found.replace("did you mean ", f"did you mean {group}.").replace(" or ", f" or {group}.")
+    else:
+        near = did_you_mean(name, known)
+    there_are = f"{group} has {', '.join(siblings)}" if siblings and not near else "--help lists them all"
+    return f"there is no setting {shortened(name)!r}{near}; {there_are}"
 
 
 def leaves(tree: dict[Any, Any], known: dict[str, Setting], path: str = "") -> Iterable[tuple[str, Any]]:
@@ -264,12 +366,15 @@ def leaves(tree: dict[Any, Any], known: dict[str, Setting], path: str = "") -> I
 
 
 def find_yaml(directories: Sequence[Path], name: str) -> Path:
-    return next((d / f"{name}.yaml" for d in directories if (d / f"{name}.yaml").is_file()), CONFIGS / f"{name}.yaml")
+    files = [directory / f"{name}.yaml" for directory in directories]
+    return next(filter(os.path.isfile, files), CONFIGS / f"{name}.yaml")  # False where a name is too long, too
 
 
 def as_typed(value: Any) -> str:
     if isinstance(value, list):
         return f"[{', '.join(map(as_typed, value))}]"
+    if isinstance(value, int) and abs(value) > LARGEST:
+        return hex(value) if value.bit_length() > 256 else str(value)  # Python refuses to write out thousands of digits
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
@@ -279,7 +384,8 @@ def default_choices(file: Path) -> dict[str, Any]:
 
 
 def no_such_option(group: str, option: str, options: Sequence[str]) -> str:
-    return f"{group}={option}: no such {group}{did_you_mean(option, options)}; there is {', '.join(options) or 'none'}"
+    there_is = ", ".join(options) or "none"
+    return f"{group}={shortened(option)}: no such {group}{did_you_mean(option, options)}; there is {there_is}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

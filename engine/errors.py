@@ -44,17 +44,27 @@ def one_line(error: BaseException, limit: int = 300) -> str:
     return shortened(" ".join(str(error).split()) or type(error).__name__, limit)
 
 
-def shortened(text: str, limit: int) -> str:
-    """Text on one line of at most `limit` characters, safe to print."""
-    text = printable(text[: limit + 1])
-    return text if len(text) <= limit else text[: limit - 3] + "..."
+def shortened(text: str, most: int = 80) -> str:
+    """Text that was typed or read, for a line of a message: safe to print and not longer than one wants to read."""
+    if len(text) > 4 * most:
+        text = text[: 2 * most] + text[-2 * most :]  # what is left out of the middle need not be made printable
+    text, head = printable(text), most * 3 // 4
+    return text if len(text) <= most else f"{text[:head]}...{text[head + 3 - most :]}"
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """` (did you mean x or y?)` with the nearest of `known`, or an empty string when nothing is near."""
-    known = list(dict.fromkeys(known))
-    near = difflib.get_close_matches(name, known, n=2, cutoff=0.75)
-    last = name.rpartition(".")[2]  # `lr` stands for `optimizer.lr`
-    near += [k for k in known if k.rpartition(".")[2] == last and k not in near][:2]
-    near = near or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f" (did you mean {' or '.join(near)}?)" if near else ""
+    names = {_plain(k): k for k in known}
+    plain = _plain(name)
+    if plain in names:
+        return f" (did you mean {names[plain]}?)"
+    near = difflib.get_close_matches(plain, names, n=2, cutoff=0.75)
+    last = plain.rpartition(".")[2]  # `lr` stands for `optimizer.lr`
+    near += [k for k in names if k.rpartition(".")[2] == last and k not in near][:2]
+    near = near or difflib.get_close_matches(plain, names, n=1, cutoff=0.5)
+    return f" (did you mean {' or '.join(names[k] for k in near)}?)" if near else ""
+
+
+def _plain(name: str) -> str:
+    """`Fashion-MNIST` as `fashion_mnist`: what differs in capitals and dashes is near."""
+    return name.lower().replace("-", "_")

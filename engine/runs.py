@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 import time
+import zipfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,12 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
-from engine import files, trust
+from engine import files, terminal, trust
 from engine.config import ROOT, RUNS
-from engine.errors import RequestError, RunError, one_line
+from engine.errors import Interrupted, RequestError, RunError, one_line, shortened
 
+PLAIN_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"  # needs no quoting in a shell
+LONGEST_NAME = 200  # characters of a run's name; the file system allows 255, and a number may be added
 COLUMNS = ("epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "lr", "seconds", "images_per_second")
 
 log = logging.getLogger("run")  # to the terminal and to train.log
@@ -43,10 +46,22 @@ def check_name(config: dict[str, Any]) -> None:
         return
     sweep, _, own = name.rpartition("/")
     in_sweep = sweep and (RUNS / sweep / "sweep.json").is_file()  # a sweep's runs are named sweep/run
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", own if in_sweep else name) or name == "latest":
-        raise RequestError(f"name={name}: expected letters, digits, dots, dashes and underscores (and not 'latest')")
+    check_plain(own if in_sweep else name)
     if (RUNS / name).exists():
         raise RequestError(f"name={name}: {RUNS / name} is taken; choose another name or remove it")
+
+
+def check_plain(name: str) -> None:
+    """Refuse a name of a run or a sweep that would have to be quoted in a shell, or is too long.
+
+    Raises:
+        RequestError: says what is allowed.
+    """
+    if not re.fullmatch(PLAIN_NAME, name) or name == "latest":
+        allowed = "letters, digits, dots, dashes and underscores (and not 'latest')"
+        raise RequestError(f"name={shortened(name)}: expected {allowed}")
+    if len(name) > LONGEST_NAME:
+        raise RequestError(f"name={shortened(name)}: expected at most {LONGEST_NAME} characters, there are {len(name)}")
 
 
 def create(config: dict[str, Any]) -> Path:
@@ -72,9 +87,11 @@ def create(config: dict[str, Any]) -> Path:
         lock(draft)
         directory = _claim(draft, base, own_name=name is not None)
         _locks[directory] = _locks.pop(draft)
+        _made.add(directory)
         _point_latest(directory)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: text that is no UTF-8
         if draft is not None:
+            _locks.pop(draft, io.StringIO()).close()
             shutil.rmtree(draft, ignore_errors=True)
         raise RequestError(f"the run directory cannot be made in {RUNS.resolve()}: {one_line(error)}") from None
     return directory
@@ -97,6 +114,31 @@ def reopen(config: dict[str, Any]) -> Path:
     return directory
 
 
+def finished_before(config: dict[str, Any]) -> str:
+    """What a resumed run came to, where it has finished, is whole, and no more is asked of it; else an empty text."""
+    directory = Path(config["resume"])
+    summary, own = files.read_json(directory / "summary.json"), read_config(directory)
+    if config["changed"] or any(config[key] != own.get(key) for key in ("epochs", "early_stopping")):
+        return ""
+    try:
+        test = f"test accuracy {summary['test_accuracy']:.2%}, loss {summary['test_loss']:.4f}"
+        epoch = f"weights of epoch {summary['best_epoch']:d}"
+    except (KeyError, TypeError, ValueError):
+        return ""  # it has not finished, or its results are lost
+    if not all(_is_whole(directory / name) for name in ("best.pt", "last.pt")):
+        return ""  # it is mended by what resuming does
+    return f"{directory} finished before: {test} ({epoch}); epochs=N goes on to more than {own['epochs']}"
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether a checkpoint's checksums are right, without torch."""
+    try:
+        with files.open_regular(checkpoint) as file, zipfile.ZipFile(file) as archive:
+            return sum(e.file_size for e in archive.infolist()) < file.seek(0, 2) and archive.testzip() is None
+    except Exception:  # a damaged one raises anything
+        return False
+
+
 def own_config(config: dict[str, Any]) -> dict[str, Any]:
     """What a run keeps of its configuration: everything but how it was resumed."""
     own = {key: value for key, value in config.items() if key != "changed"}
@@ -114,14 +156,26 @@ def close(directory: Path) -> None:
     """End a run that is finished: its log and its lock."""
     stop_log()
     _locks.pop(directory).close()
+    _made.discard(directory)
 
 
-def abandon(state: str, reason: str) -> None:
-    """Close what this process has open of a run that failed or was stopped, and note that in its end.json."""
+def abandon(error: BaseException) -> None:
+    """Close what this process has open of a run that did not come to its end, and note why in its end.json.
+
+    After a wrong request nothing stays: a directory that this process made is taken away.
+    """
+    stopped = isinstance(error, (Interrupted, KeyboardInterrupt))
+    end = {"state": "stopped" if stopped else "failed", "reason": one_line(error)}
     for directory in list(_locks):
-        with contextlib.suppress(RunError):  # a full disk, for instance, which is what is being reported
-            files.write_json(directory / "end.json", {"state": state, "reason": reason})
+        refused = isinstance(error, RequestError) and directory in _made
+        if not refused:
+            with contextlib.suppress(RunError):  # a full disk, for instance, which is what is being reported
+                files.write_json(directory / "end.json", end)
         close(directory)
+        if refused:
+            shutil.rmtree(directory, ignore_errors=True)
+            if (RUNS / "latest").is_symlink() and not (RUNS / "latest").exists():
+                (RUNS / "latest").unlink()
 
 
 def _claim(draft: Path, base: str, own_name: bool) -> Path:
@@ -141,12 +195,20 @@ def _claim(draft: Path, base: str, own_name: bool) -> Path:
 
 
 def _point_latest(directory: Path) -> None:
-    temporary = RUNS / f".latest-{os.getpid()}"
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(directory.relative_to(RUNS))
-    os.replace(temporary, RUNS / "latest")
+    """Lead checkpoints/latest to a run; without it the newest is found all the same, so that no run fails for it."""
+    latest, temporary = RUNS / "latest", RUNS / f".latest-{os.getpid()}"
+    if latest.exists() and not latest.is_symlink():
+        print(f"note: {latest} is a folder or file of its own and no link to the newest run; it is left as it is")
+        return
+    try:
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(directory.relative_to(RUNS))
+        os.replace(temporary, latest)
+    except OSError as error:  # some file systems have no links
+        print(f"note: {latest} cannot be made to lead to the newest run ({one_line(error)})")
 
 
+_made: set[Path] = set()  # directories of runs that this process made, and did not find
 _locks: dict[Path, Any] = {}  # kept open: closing a file gives its lock up
 
 
@@ -180,24 +242,58 @@ def find(run: str) -> Path:
         RequestError: there is no such run.
     """
     directory = newest() if run == "latest" else Path(run)
-    if directory.is_file() or (directory.suffix == ".pt" and not directory.exists()):
+    if os.path.isfile(directory) or (directory.suffix == ".pt" and not os.path.exists(directory)):
         directory = directory.parent
-    if not (directory / ".hydra" / "config.yaml").is_file():
-        example = newest() if (RUNS / "latest").is_dir() else RUNS / "<run>"
-        raise RequestError(f"resume={run}: no run there; expected a run's directory such as {example}, or latest")
+    if not os.path.exists(directory / ".hydra" / "config.yaml"):
+        example = next(iter(all_directories(RUNS)[-1:]), RUNS / "<run>")
+        raise RequestError(
+            f"resume={shortened(run)}: no run there; expected a run's directory such as {example}, or latest"
+        )
     return directory
 
 
+def read_config(directory: Path) -> dict[str, Any]:
+    """The configuration of a run, as plain data.
+
+    Raises:
+        RequestError: the file is damaged.
+    """
+    file = directory / ".hydra" / "config.yaml"
+    try:
+        return trust.parse_config(files.read_text(file))
+    except (OSError, ValueError) as error:
+        raise RequestError(f"{file}: not a run's configuration ({one_line(error)})") from None
+
+
+def all_directories(root: Path) -> list[Path]:
+    """The directories of all runs below `root`, in sweeps too, in the order in which they were started or resumed.
+
+    `latest` is a link to one of them. Where copying made a folder of it (some archives do), it is one of them once
+    more, and counts only if there is nothing else.
+    """
+    found = []
+    for file in (file for pattern in ("*", "*/*") for file in root.glob(f"{pattern}/.hydra/config.yaml")):
+        directory = file.parent.parent
+        if not directory.is_symlink() and (directory.parent == root or not directory.parent.is_symlink()):
+            with contextlib.suppress(OSError):  # it was removed just now
+                found.append((file.stat().st_mtime, str(directory), directory))
+    directories = [directory for *_, directory in sorted(found)]
+    return [d for d in directories if d != root / "latest"] or directories
+
+
 def newest() -> Path:
-    """The newest run's directory.
+    """The newest run's directory: the one that `latest` leads to, or where that is gone the newest there is.
 
     Raises:
         RequestError: there is none yet.
     """
     latest = RUNS / "latest"
-    if not latest.is_dir():
-        raise RequestError(f"there is no run in {RUNS.resolve()} yet; train one, or say checkpoint=PATH")
-    return RUNS / latest.resolve().relative_to(RUNS.resolve())
+    if latest.is_symlink() and (latest / ".hydra" / "config.yaml").exists():
+        with contextlib.suppress(ValueError):  # it leads to somewhere else
+            return RUNS / latest.resolve().relative_to(RUNS.resolve())
+    if directories := all_directories(RUNS):
+        return directories[-1]
+    raise RequestError(f"there is no run in {RUNS.resolve()} yet; train one, or say checkpoint=PATH")
 
 
 def newest_best() -> Path:
@@ -215,18 +311,32 @@ def newest_best() -> Path:
     return directory / "best.pt"
 
 
+class _Safe(logging.Formatter):
+    """Lines of a file that people show on their terminals: control characters are written out."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return terminal.escaped(super().format(record))
+
+
 def start_log(file: Path) -> None:
-    """Send the log to standard output and, with times, to a file."""
+    """Send the log to standard output and, with times, to a file.
+
+    Raises:
+        RequestError: the file cannot be opened.
+    """
     stop_log()
     logging.raiseExceptions = False  # a full disk is told by what is lost, not by every line of the log
     log.setLevel(logging.DEBUG)
     log.propagate = False
     log.disabled = False  # Hydra's set-up of logging disables the loggers that were there before it
-    terminal = logging.StreamHandler(sys.stdout)
-    terminal.setLevel(logging.INFO)
-    to_file = logging.FileHandler(file, encoding="utf-8")
-    to_file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-    log.addHandler(terminal)
+    to_terminal = logging.StreamHandler(sys.stdout)
+    to_terminal.setLevel(logging.INFO)
+    log.addHandler(to_terminal)
+    try:
+        to_file = logging.FileHandler(file, encoding="utf-8", errors="backslashreplace")
+    except OSError as error:
+        raise RequestError(f"{file}: cannot be written ({one_line(error)})") from None
+    to_file.setFormatter(_Safe("%(asctime)s %(message)s"))
     log.addHandler(to_file)
 
 

@@ -13,6 +13,7 @@ once, finish() draws up the table. A sweep of the same name goes on: what has fi
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import itertools
@@ -22,6 +23,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -40,12 +42,16 @@ from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from engine import compare
-from engine.errors import Interrupted, RequestError, RunError, one_line
+from engine import compare, files, runs, terminal
+from engine.errors import Interrupted, RequestError, RunError, one_line, printable
 
 INSTALL = "pip install '.[sweep]'"
 UNIMPORTANT = (*compare.NOT_COMPARED, "name", "resume", "resume_changed", "checkpoint", "device", "num_workers")
 Plain = dict[str, Any]
+CHOSEN_BY = {
+    "val_accuracy": "by validation accuracy",
+    "train_accuracy": "by training accuracy: there is no validation part",
+}
 MOST_CHECKED = 500  # jobs whose configurations are composed and checked before the first one runs; 0.1 s each
 
 # Where the plugins' own defaults do not serve a sweep of trainings: theirs, ours, why. What is set in a YAML or on the
@@ -111,8 +117,6 @@ def start(config: DictConfig, check: Callable[[DictConfig], Any]) -> None:
     swept = {str(o.get_key_element()): o for o in overrides if o.is_sweep_override()}
     if "name" in swept:
         raise RequestError("name: names the whole sweep, so it cannot be swept; the runs are named by what differs")
-    if any(str(text).startswith("hydra.sweep.dir=") for text in config.hydra.overrides.hydra):
-        raise RequestError("hydra.sweep.dir: a sweep is named by name=NAME and its runs are in checkpoints/NAME/")
     optuna = str(config.hydra.sweeper._target_).endswith("OptunaSweeper")
     jobs = [list(job) for job in itertools.islice(_jobs(overrides, first_only=optuna), MOST_CHECKED)]
     for job in jobs:
@@ -120,15 +124,20 @@ def start(config: DictConfig, check: Callable[[DictConfig], Any]) -> None:
     total = int(config.hydra.sweeper.n_trials) if optuna else math.prod(len(_values(o)) for o in swept.values())
 
     name = next((str(o.value()) for o in overrides if o.key_or_group == "name" and o.value() is not None), None)
-    directory = _claim(Path(config.hydra.sweep.dir), name)
+    directory, made = _claim(Path(config.hydra.sweep.dir), name)
     settings = {"overrides": given, "varying": sorted(swept), "jobs": total, "first_number": 0}
-    with read_write(config.hydra), open_dict(config.hydra):
-        config.hydra.sweep.dir = str(directory)
-        config.hydra.overrides.hydra.append(f"hydra.sweep.dir={directory}")  # for jobs in processes of their own
-        _set_defaults(config.hydra, directory, total)
-        if optuna:
-            settings["first_number"] = _continue_study(config.hydra.sweeper)
-    (directory / "sweep.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    try:
+        with read_write(config.hydra), open_dict(config.hydra):
+            config.hydra.sweep.dir = str(directory)
+            config.hydra.overrides.hydra.append(f"hydra.sweep.dir={directory}")  # for jobs in processes of their own
+            _set_defaults(config.hydra, directory, total)
+            if optuna:
+                settings["first_number"] = _continue_study(config.hydra.sweeper)
+        files.write_json(directory / "sweep.json", settings)
+    except BaseException:
+        if made:
+            shutil.rmtree(directory, ignore_errors=True)
+        raise
 
     _started = Sweep(directory, len(_journal(directory)))
     paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path and path != _root()]
@@ -137,7 +146,7 @@ def start(config: DictConfig, check: Callable[[DictConfig], Any]) -> None:
     if "submitit" in str(config.hydra.launcher._target_):
         threading.Thread(target=_tell_news, args=(_started,), daemon=True).start()
     left = f", {settings['first_number']} of them done" if settings["first_number"] else ""
-    print(f"sweep    {directory}, {total} {'trials' if optuna else 'jobs'}{left}", flush=True)
+    _say(f"sweep    {directory}, {compare.counted(total, 'trial' if optuna else 'job')}{left}")
 
 
 def _tell_news(sweep: Sweep) -> None:
@@ -148,7 +157,7 @@ def _tell_news(sweep: Sweep) -> None:
         for record in _news(sweep)[told:]:
             told += 1
             if record["state"] == "finished":
-                print(f"job {record['job']} ({' '.join(record['overrides'])}): finished, {record['run']}", flush=True)
+                _say(f"job {record['job']} ({' '.join(record['overrides'])}): finished, {record['run']}")
             else:
                 _report(record, record["reason"])
 
@@ -201,23 +210,22 @@ def _jobs(overrides: Sequence[Override], first_only: bool) -> Any:
     return itertools.product(*choices.values())
 
 
-def _claim(root: Path, name: str | None) -> Path:
-    """The sweep's own directory: mkdir succeeds for one process only, whenever the others started."""
+def _claim(root: Path, name: str | None) -> tuple[Path, bool]:
+    """The sweep's own directory, and whether it is new: mkdir succeeds for one process only, whenever they start."""
     base = name or f"sweep_{time.strftime('%Y-%m-%d_%H-%M-%S')}"
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", base) or base == "latest":
-        raise RequestError(f"name={base}: expected letters, digits, dots, dashes and underscores (and not 'latest')")
+    runs.check_plain(base)
     try:
         root.mkdir(parents=True, exist_ok=True)
         for number in itertools.count(1):
             directory = root / (base if number == 1 else f"{base}_{number}")
             try:
                 directory.mkdir()
-                return directory
+                return directory, True
             except FileExistsError:
                 if name is None:
                     continue
                 if (directory / "sweep.json").is_file():
-                    return directory  # the same sweep goes on
+                    return directory, False  # the same sweep goes on
                 raise RequestError(f"name={name}: {directory} is taken; choose another name or remove it") from None
     except OSError as error:
         raise RequestError(f"the sweep's directory cannot be made in {root.resolve()}: {one_line(error)}") from None
@@ -300,9 +308,9 @@ def run_job(
     global label
     hydra = HydraConfig.get()
     directory = Path(hydra.sweep.dir)
-    settings = compare.read_json(directory / "sweep.json")
+    settings = files.read_json(directory / "sweep.json")  # as start() wrote it
     number = int(hydra.job.num) + int(settings.get("first_number", 0))
-    varying = _varying(list(hydra.overrides.task), settings.get("varying", []))
+    varying = [printable(text) for text in _varying(list(hydra.overrides.task), settings.get("varying", []))]
     label = f"job {number + 1}/{settings.get('jobs', '?')}"
     record: dict[str, Any] = {"job": number + 1, "overrides": varying}
     try:
@@ -310,14 +318,14 @@ def run_job(
         record["configuration"] = _fingerprint(plain)
         before = _before(directory, record["configuration"])
         if before.get("state") == "finished":
-            print(f"{label}  {' '.join(varying)}: finished before, {before['run']}", flush=True)
+            _say(f"{label}  {' '.join(varying)}: finished before, {before['run']}")
             return before["value"]
         if before:  # stopped or killed: exactly where it was, as resume= would
             plain |= {"name": before["run"], "resume": str(directory.parent / before["run"]), "changed": []}
         elif "name" in plain:
             plain["name"] = f"{directory.name}/{_run_name(directory, number, varying)}"
         record["run"] = plain.get("name")
-        print(f"\n{label}  {' '.join(varying)}", flush=True)
+        _say(f"\n{label}  {' '.join(varying)}")
         _record(directory, record, state="began")
         _choose_gpu(number, str(plain.get("device", "")), str(hydra.launcher._target_))
         value = main(plain)
@@ -362,10 +370,16 @@ def _fingerprint(plain: dict[str, Any]) -> str:
 
 
 def _before(directory: Path, configuration: str) -> dict[str, Any]:
-    """The last record of a run of this configuration that finished or can be continued, or an empty one."""
+    """The last record of a run of this configuration that finished or can be continued, or an empty one.
+
+    Only runs of the sweep's own directory count, whatever its jobs.jsonl names.
+    """
     for record in reversed(_journal(directory)):
         if record.get("configuration") == configuration and record.get("run"):
             run = directory.parent / record["run"]
+            sweep, _, own = record["run"].partition("/")
+            if sweep != directory.name or not re.fullmatch(runs.PLAIN_NAME, own) or run.is_symlink():
+                continue
             if (run / "summary.json").is_file():
                 return record if record["state"] == "finished" else {}
             can_go_on = record["state"] in ("began", "stopped") and (run / ".hydra" / "config.yaml").is_file()
@@ -416,7 +430,8 @@ def visible_gpus() -> list[str]:
 
 
 def _report(record: dict[str, Any], reason: str) -> None:
-    print(f"error: job {record['job']} ({' '.join(record['overrides'])}): {reason}", file=sys.stderr, flush=True)
+    job = printable(f"job {record['job']} ({' '.join(record['overrides'])})")
+    print(f"error: {job}: {printable(reason)}", file=sys.stderr, flush=True)
 
 
 def _record(directory: Path, record: dict[str, Any], **result: Any) -> None:
@@ -432,17 +447,42 @@ def _news(sweep: Sweep) -> list[dict[str, Any]]:
 
 
 def _journal(directory: Path) -> list[dict[str, Any]]:
+    """The records of jobs.jsonl; a line that a crash cut off, or that no sweep wrote, is passed over."""
     try:
-        lines = (directory / "jobs.jsonl").read_text(encoding="utf-8").splitlines()
-    except OSError:
+        lines = files.read_text(directory / "jobs.jsonl").splitlines()
+    except (OSError, ValueError):
         return []
     records = []
     for line in lines:
         try:
-            records.append(json.loads(line))
-        except ValueError:
-            continue  # cut off by a crash
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if _is_record(record):
+            records.append(record)
     return records
+
+
+def _is_record(record: Any) -> bool:
+    """Whether everything in a record is of the type that _record() writes."""
+    if not isinstance(record, dict) or record.get("state") not in ("began", "finished", "failed", "stopped"):
+        return False
+    value, overrides, exit_code = record.get("value"), record.get("overrides"), record.get("exit_code", 1)
+    return (
+        isinstance(record.get("job"), int)
+        and isinstance(overrides, list)
+        and all(isinstance(text, str) for text in overrides)
+        and all(isinstance(record.get(key) or "", str) for key in ("run", "reason", "configuration"))
+        and (value is None or (isinstance(value, (int, float)) and math.isfinite(value)))
+        and isinstance(exit_code, int)
+        and (record["state"] != "failed" or "reason" in record)
+    )
+
+
+def _say(text: str) -> None:
+    """Print at once; no job fails because nobody reads it, which is told at the end."""
+    with contextlib.suppress(OSError):
+        print(text, flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -471,7 +511,7 @@ def finish(exit_code: int) -> int:
     elif not any(directory.glob("*/.hydra")) and not (directory / "study.db").exists():
         _remove(directory)
     if failed:
-        print(f"\n{len(failed)} of {len(news)} jobs failed:", file=sys.stderr)
+        print(f"\n{len(failed)} of {compare.counted(len(news), 'job')} failed:", file=sys.stderr)
         for record in failed:
             _report(record, record["reason"])
     if exit_code and directory.is_dir():
@@ -505,17 +545,18 @@ def summary(directory: Path, rows: list[dict[str, Any]]) -> str:
     """
     over_seeds = "seed" in compare.differing(rows)
     shown = compare.mean_over(rows, "seed") if over_seeds else rows
-    best_by = "val_accuracy" if any(row["val_accuracy"] is not None for row in shown) else "test_accuracy"
+    best_by = compare.chosen_by(shown)
     shown = compare.sorted_by(shown, best_by)
     columns = [column for column in compare.shown_columns(shown, always=()) if column != "state"]
     best = compare.sorted_by(rows, best_by)[0]
     # A run's name begins with its job's number and goes on with what the columns say.
     short = [{**row, "run": str(row["run"]).partition("_")[0]} if "run" in row else row for row in shown]
-    text = compare.table(short, columns) + f"\n\nbest     {directory / best['run'] / 'best.pt'}"
+    text = compare.table(short, columns, terminal.width())
+    text += f"\n\nbest     {directory / best['run'] / 'best.pt'} ({CHOSEN_BY[best_by]})"
     try:
-        (directory / "sweep.csv").write_text(compare.csv_text(shown, columns), encoding="utf-8")
+        files.write(directory / "sweep.csv", compare.csv_text(shown, columns))
         text += f"\ntable    {directory / 'sweep.csv'}"
-    except OSError as error:
+    except RunError as error:
         text += f"\ntable    not written: {one_line(error)}"
     try:
         draw(directory / "sweep.png", rows, shown, best_by)

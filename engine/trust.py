@@ -315,9 +315,7 @@ def read_run(directory: Path) -> tuple[dict[str, Any], bool]:
                 if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)) or (entry.name == ".hydra" and stat.S_ISREG(kind)):
                     raise ValueError(f"{printable(entry.name)} is a link or no file; put the file itself there")
         text = files.read_text(file)
-        config = files.parse_yaml(text)
-        if not isinstance(config, dict) or not isinstance(config.get("choices"), dict):
-            raise ValueError("it names no choices")
+        config = parse_config(text)
         if interpolates(config):
             raise ValueError("it has an interpolation, ${...}; a run stores resolved values")
     except (OSError, ValueError) as error:
@@ -325,6 +323,22 @@ def read_run(directory: Path) -> tuple[dict[str, Any], bool]:
     with contextlib.suppress(OSError, ValueError):
         return config, is_ours(text, files.read_text(file.parent / "signature", 1024))
     return config, False
+
+
+def parse_config(text: str) -> dict[str, Any]:
+    """A run's config.yaml, whose `choices` are sure to name an option, several or none of each group.
+
+    Raises:
+        ValueError: it is no run's configuration.
+    """
+    config = files.parse_yaml(text)
+    if not isinstance(config, dict) or not isinstance(config.get("choices"), dict):
+        raise ValueError("it names no choices")
+    for group, choice in config["choices"].items():
+        names = choice if isinstance(choice, list) else [choice]
+        if not isinstance(group, str) or not all(name is None or isinstance(name, str) for name in names):
+            raise ValueError(f"its choice of {_brief(group)} is no name")
+    return config
 
 
 def interpolates(value: Any) -> bool:

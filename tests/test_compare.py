@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +15,8 @@ import pytest
 import yaml
 from conftest import ROOT, Call
 
-from engine import compare, runs
+from engine import compare, runs, sweep
+from engine.errors import RunError
 
 
 def make_run(
@@ -136,11 +139,149 @@ def test_no_runs_yet(call: Call) -> None:
     assert "there is no run in" in call("evaluate", "--runs").error
 
 
-def test_what_cannot_be_read_is_left_out(root: Path) -> None:
-    (make_run(root, "damaged") / ".hydra" / "config.yaml").write_text("{")
-    (make_run(root, "odd") / "summary.json").write_text("[")
-    states = {row["run"]: row["state"] for row in compare.read_runs(root)}
-    assert "damaged" not in states and states["odd"] == "stopped"
+DAMAGES: list[tuple[str, str | bytes, str]] = [  # the file, its content, what is said of it
+    (".hydra/config.yaml", "{", "not valid YAML"),
+    (".hydra/config.yaml", "- 1\n", "names no choices"),
+    (".hydra/config.yaml", "choices: [mlp]\n", "names no choices"),
+    (".hydra/config.yaml", "choices: {model: {a: 1}}\n", "choice of model is no name"),
+    (".hydra/config.yaml", "choices: {model: mlp}\na: &x [1]\nb: [*x, *x]\n", "refers to itself"),
+    (".hydra/config.yaml", "choices: {model: mlp}\nseed: " + 60 * "[" + 60 * "]", "levels"),
+    ("metrics.csv", b"\x89PNG\x00\xff", "metrics.csv"),
+    ("metrics.csv", "epoch,val_accuracy\n1,\0\n", "zero bytes"),
+    ("metrics.csv", f"epoch,val_accuracy\n1,{'9' * 200_000}\n", "field larger"),
+    ("metrics.csv", "epoch,val_accuracy\n1,7.5\n", "not between 0 and 1"),
+    ("summary.json", "[", "summary.json"),
+    ("summary.json", "[1]", "no test accuracy"),
+    ("summary.json", '{"test_accuracy": "0.5"}', "test_accuracy is no finite number"),
+    ("summary.json", '{"test_accuracy": NaN}', "test_accuracy is no finite number"),
+    ("summary.json", '{"test_accuracy": 0.5, "val_accuracy": [1]}', "val_accuracy is no finite number"),
+    ("summary.json", '{"test_accuracy": 0.5, "seconds": true}', "seconds is no finite number"),
+    ("summary.json", 5000 * "[", "summary.json"),
+]
+
+
+@pytest.mark.parametrize("arguments", [[], ["mean=seed"], ["sort=-seconds"], ["lr<1"]])
+def test_a_damaged_run_costs_its_own_row(root: Path, arguments: list[str]) -> None:
+    whole = compare.command(arguments, root).splitlines()
+    for number, (name, content, _) in enumerate(DAMAGES):
+        file = make_run(root, f"zz{number:02}", lr=5.0) / name
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    (root / "zz00" / "metrics.csv").unlink()
+    os.mkfifo(root / "zz00" / "metrics.csv")
+    os.truncate(make_run(root, "zz98") / "metrics.csv", 1 << 30)
+    file = make_run(root, "zz99") / ".hydra" / "config.yaml"
+    file.unlink()
+    file.mkdir()
+    damaged = {row["run"]: row for row in compare.read_runs(root) if row["state"] == "damaged"}
+    assert len(damaged) == len(DAMAGES) + 2
+    for number, (_, _, said) in enumerate(DAMAGES):
+        assert said in damaged[f"zz{number:02}"]["reason"] and len(damaged[f"zz{number:02}"]["reason"]) < 300
+    lines = compare.command(arguments, root).splitlines()
+    table = [line for line in lines[: lines.index("")] if not line.startswith("zz")]
+    assert [line.split() for line in table] == [line.split() for line in whole], "the others' rows are as before"
+    if not arguments:
+        assert sum(line.startswith("zz") for line in lines) == len(damaged)
+        assert len([line for line in lines if line.startswith("damaged  zz")]) == 5
+        assert lines[-1] == "damaged  14 more runs; state=damaged columns=run,reason lists them"
+
+
+def test_the_table_fits_the_terminal_and_columns_are_chosen(root: Path, tmp_path: Path) -> None:
+    transforms = [{"RandomRotation": {"degrees": degrees}} for degrees in range(20)]
+    make_run(root, "augmented", test=0.85, val=0.85, clip=1.5, dataset={"train_transforms": transforms})
+    make_run(root, "\x1b[31mred", test=0.1, val=0.1, dataset={"train_transforms": []})
+    wide = compare.command([], root)
+    assert max(map(len, wide.splitlines())) < 200 and "train_transforms" in wide and "\x1b" not in wide
+    narrow = compare.command([f"output={tmp_path / 'all.csv'}"], root, width=100)
+    table, _, rest = narrow.partition("\n\n")
+    assert max(map(len, table.splitlines())) <= 100 and "lr" in table and "val_accuracy" in table
+    assert "too narrow for 2 columns: dataset.train_transforms, " in rest
+    assert "RandomRotation" in (tmp_path / "all.csv").read_text()
+    chosen = compare.command(["columns=run,lr,val_accuracy", "run=first"], root, width=10).splitlines()
+    assert [line.split() for line in chosen] == [["run", "lr", "val_accuracy"], ["first", "0.1", "0.8000"]]
+
+
+def test_a_run_without_validation_is_judged_by_training(tmp_path: Path) -> None:
+    for name, accuracy, test in (("a", 0.8, 0.9), ("b", 0.9, 0.7)):
+        directory = make_run(tmp_path, name, test=test)
+        (directory / "summary.json").write_text(json.dumps({"test_accuracy": test, "val_accuracy": None}))
+        rows = f"1,0.1,,,1\n2,{accuracy},,,1\n"  # the last epoch counts
+        (directory / "metrics.csv").write_text(f"epoch,train_accuracy,val_loss,val_accuracy,seconds\n{rows}")
+    assert shown(tmp_path) == ["b", "a"] and "train_accuracy" in compare.command([], tmp_path)
+    text = sweep.summary(tmp_path, compare.read_runs(tmp_path))
+    assert f"best     {tmp_path}/b/best.pt (by training accuracy: there is no validation part)" in text
+    (tmp_path / "a" / "metrics.csv").write_text("epoch,train_accuracy,val_accuracy\n1,0.1,0.2\n")
+    text = sweep.summary(tmp_path, compare.read_runs(tmp_path))
+    assert f"best     {tmp_path}/a/best.pt (by validation accuracy)" in text
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which run is the newest, and what a failed start leaves
+
+
+@pytest.fixture
+def three(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Runs `a`, `sweep/b` and `c`, started in this order; `latest` leads to `c`."""
+    monkeypatch.chdir(tmp_path)
+    for second, name in enumerate(("a", "sweep/b", "c")):
+        file = make_run(Path("checkpoints"), name) / ".hydra" / "config.yaml"
+        os.utime(file, (1000 + second, 1000 + second))
+    Path("checkpoints/latest").symlink_to("c")
+    return Path("checkpoints")
+
+
+def test_the_newest_run_is_found_where_the_link_is_not(three: Path) -> None:
+    assert runs.newest() == three / "c"
+    shutil.move(three / "c", three.parent / "moved")
+    assert runs.newest() == three / "sweep" / "b", "the newest there is"
+    shutil.copytree(three / "a", three.parent / "copied")
+    (three / "latest").unlink()
+    shutil.move(three.parent / "copied", three / "latest")
+    assert runs.newest() == three / "sweep" / "b" and runs.find("latest") == three / "sweep" / "b"
+    assert [row["run"] for row in compare.read_runs(three)] == ["a", "sweep/b"], "a copy is not one more run"
+    shutil.rmtree(three / "a")
+    shutil.rmtree(three / "sweep")
+    assert runs.newest() == three / "latest"
+
+
+def test_a_folder_in_the_way_of_the_link_is_told_and_kept(three: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (three / "latest").unlink()
+    (three / "latest").mkdir()
+    runs._point_latest(three / "a")
+    assert (three / "latest").is_dir() and "it is left as it is" in capsys.readouterr().out
+    (three / "latest").rmdir()
+    (three / "latest").symlink_to("gone")
+    runs._point_latest(three / "a")
+    assert (three / "latest").resolve() == (three / "a").resolve()
+
+
+def test_a_start_that_is_refused_leaves_no_folder(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(file: Path) -> None:
+        file.mkdir()
+        start_log(file)
+
+    start_log = runs.start_log
+    monkeypatch.setattr(runs, "start_log", refuse)
+    assert "train.log: cannot be written" in call("train", "epochs=1", "model.hidden=[4]", "name=run").error
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+def test_a_finished_run_that_is_resumed_says_so(call: Call, tmp_path: Path) -> None:
+    recipe = ("epochs=1", "model.hidden=[4]", "dataset.limit=60")
+    assert call("train", *recipe, "name=run").code == 0
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    answer = call("train", "resume=latest")
+    summary = json.loads((tmp_path / "checkpoints/run/summary.json").read_text())
+    assert answer.code == 0 and answer.out.startswith("checkpoints/run finished before: test accuracy ")
+    assert f"{summary['test_accuracy']:.2%}" in answer.out
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    assert "epoch 2/2" in call("train", "resume=latest", "epochs=2").out
+
+
+def test_the_log_cannot_steer_a_terminal(tmp_path: Path) -> None:
+    runs.start_log(tmp_path / "train.log")
+    runs.log.info("class \x1b]0;mine\x07 and \udcff\n  second line")
+    runs.stop_log()
+    assert (tmp_path / "train.log").read_text().endswith("class \\x1b]0;mine\\x07 and \\udcff\n  second line\n")
 
 
 def test_the_command_answers_without_torch(process: Call, root: Path) -> None:
@@ -152,6 +293,6 @@ def test_the_command_answers_without_torch(process: Call, root: Path) -> None:
 def test_a_run_that_fails_says_so_afterwards(tmp_path: Path) -> None:
     directory = make_run(tmp_path, "run")
     runs.lock(directory)
-    runs.abandon("failed", "the loss is not a number")
+    runs.abandon(RunError("the loss is not a number"))
     row = compare.read_run(directory, tmp_path)
     assert row is not None and (row["state"], row["reason"]) == ("failed", "the loss is not a number")

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import re
+import shlex
+import subprocess
 import sys
+import unicodedata
 from pathlib import Path
+from random import Random
 from types import ModuleType
+from typing import Any
 
 import pytest
 from conftest import ROOT, Call
 
-from engine import config
+from engine import cli, config, terminal
 from engine.cli import setting_rows
 from engine.config import Setting, group_options
 
@@ -56,7 +62,7 @@ WRONG_REQUESTS = [  # what is typed, what the answer has to hold
     ("batch_size=0", "batch_size=0: expected an integer >= 1"),
     ("seed=-1", "seed=-1: expected an integer in [0, 4294967296)"),
     ("seed=99999999999999999999", "expected an integer in [0, 4294967296)"),
-    ("num_workers=-1", "num_workers=-1: expected an integer >= 0 or null"),
+    ("num_workers=-1", "num_workers=-1: expected an integer in [0, 1024] or null"),
     ("dataset.val_fraction=1.5", "dataset.val_fraction=1.5: expected a number in [0, 1)"),
     ("dataset.val_fraction=1", "dataset.val_fraction=1: expected a number in [0, 1)"),
     ("dataset.limit=0", "dataset.limit=0: expected an integer >= 1 or null"),
@@ -90,7 +96,7 @@ def without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     real = config.importlib.import_module
 
     def refuse(name: str, *arguments: str) -> ModuleType:
-        if name in ("train", "evaluate"):
+        if name in ("train", "evaluate", "predict"):
             pytest.fail(f"{name} is imported before the answer is given")
         return real(name, *arguments)
 
@@ -123,6 +129,204 @@ def test_a_wrong_request_is_answered_in_one_line(call: Call, tmp_path: Path, typ
 def test_evaluate_answers_wrong_requests_likewise(call: Call, tmp_path: Path, typed: str, said: str) -> None:
     assert said in call("evaluate", *typed.split()).error
     assert list(tmp_path.iterdir()) == []
+
+
+AS_TYPED = [  # what a new user types, what the answer has to hold
+    ("train epochs = 3", "no spaces around the =; type epochs=3"),
+    ("train epochs =3", "type epochs=3"),
+    ("train optimizer.lr= 0.1", "type optimizer.lr=0.1"),
+    ("train --lr 0.1", "typed without dashes: optimizer.lr=0.1"),
+    ("train --epochs=3", "typed without dashes: epochs=3"),
+    ("train --batch-size 32", "typed without dashes: batch_size=32"),
+    ("train --epoch 3", "did you mean epochs?"),
+    ("train seed=0,1", "seed=0,1: several values, one run each, need -m"),
+    ("train model.hidden=8,8", "a list is typed model.hidden=[8,8]"),
+    ("train 'seed=range(0,3)'", "need -m"),
+    (
+        "train dataset.train_transforms=[{RandomRotation: {degrees: 30}}]",
+        "put it in quotes: 'dataset.train_transforms=[{RandomRotation: {degrees: 30}}]'",
+    ),
+    ("train model.hidden=64", "write model.hidden=[64]"),
+    ("train model.hidden=[64", "its brackets do not close"),
+    ("train optimizer=SGD", "did you mean sgd?"),
+    ("train dataset=FashionMNIST", "did you mean fashion_mnist?"),
+    ("train loss=mse", "there is no setting 'loss' (did you mean criterion?)"),
+    ("train gpus=1", "did you mean device?"),
+    ("train optimizer.amsgrad=true", "optimizer has optimizer.lr, optimizer.momentum"),
+    ("train +optimizer.amsgrad=true", "optimizer has optimizer.lr, optimizer.momentum"),
+    ("train mlp", "did you mean model=mlp?"),
+    ("train epochs", "it needs a value: epochs=VALUE"),
+    ("train last.pt", "did you mean resume=last.pt?"),
+    ("train hydra.run.dir=here", "a run is named by name=NAME"),
+    ("train hydra.job.name=foo", "a run is named by name=NAME"),
+    ("train hydra.output_subdir=x", "a run is named by name=NAME"),
+    ("train --config-name=evaluate", "--config-dir DIR"),
+    ("train --experimental-rerun=x.pickle", "a run goes on with resume=DIR"),
+    ("evaluate nothing.pt", "nothing.pt: no such file"),
+    ("evaluate conftest.py checkpoint=x.pt", "checkpoint is given twice"),
+    ("predict nothing.png", "nothing.png: no such file"),
+    ("predict topk=3", "did you mean top_k?"),
+    # Numbers that C has no room for, names that no file system has.
+    ("train epochs=1000000000000000000000000000000", "of at most 9,223,372,036,854,775,807"),
+    (f"train optimizer.lr=1{400 * '0'}", "expected a number > 0, of at most"),
+    ("train model.hidden=[99999999999999999999]", "expected a list of integers"),
+    ("train num_workers=9999999", "expected an integer in [0, 1024] or null"),
+    ("train dataset.limit=99999999999999999999999", "expected an integer >= 1 or null, of at most"),
+    (f"train device={300 * 'x'}", "too long"),
+    (f"train model={300 * 'x'}", "no such model"),
+    (f"train resume={300 * 'x'}", "no run there"),
+    (f"evaluate checkpoint={300 * 'x'}", "too long"),
+    (f"predict images={50 * 'long/name/'}{300 * 'x'}", "too long"),
+    ("train device='\"\udcff\"'", "not in UTF-8"),
+]
+
+
+@pytest.mark.usefixtures("without_torch")
+@pytest.mark.parametrize(("typed", "said"), AS_TYPED)
+def test_what_a_new_user_types_is_answered_with_how_to_type_it(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, typed: str, said: str
+) -> None:
+    (tmp_path / "conftest.py").touch()
+    entry, *arguments = shlex.split(typed)
+    answer = call(entry, *arguments).error
+    assert said in answer and len(answer) < 400
+    assert [path.name for path in tmp_path.iterdir()] == ["conftest.py"]
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The configuration with which an entry point would be started."""
+    configuration: dict[str, Any] = {}
+    monkeypatch.setattr(cli, "_main", configuration.update)
+    return configuration
+
+
+@pytest.mark.parametrize(
+    ("typed", "setting", "value"),
+    [
+        ("evaluate best.pt split=val", "checkpoint", "best.pt"),
+        ("evaluate run", "checkpoint", "run/best.pt"),
+        ("predict photo.png", "images", "photo.png"),
+        ('predict photo.png "it\'s (1),2.png" top_k=2', "images", ["photo.png", "it's (1),2.png"]),
+        ("predict top_k=2 run", "images", "run"),
+        ("predict 'run/*.png'", "images", "run/*.png"),
+        ("predict photo.png best.pt", "checkpoint", "best.pt"),
+        ("predict images=a\\\\ best.pt", "images", "a\\"),
+        ("train epochs=3 -m seed=1", "epochs", 3),
+    ],
+)
+def test_what_is_meant_is_taken(
+    call: Call, tmp_path: Path, asked: dict[str, Any], typed: str, setting: str, value: Any
+) -> None:
+    (tmp_path / "run").mkdir()
+    for name in ("best.pt", "photo.png", "it's (1),2.png", "run/best.pt"):
+        (tmp_path / name).touch()
+    entry, *arguments = shlex.split(typed)
+    answer = call(entry, *arguments)
+    assert answer.code == 0, answer.err
+    assert asked[setting] == value
+
+
+def test_a_setting_given_twice_is_told(call: Call, asked: dict[str, Any]) -> None:
+    answer = call("train", "epochs=3", "epochs=4")
+    assert asked["epochs"] == 4 and answer.err == "note: epochs is given twice, the last one counts\n"
+
+
+def test_command_lines_made_of_pieces_get_an_answer(call: Call, asked: dict[str, Any], tmp_path: Path) -> None:
+    random = Random(1)
+    names = [
+        "epochs",
+        "optimizer.lr",
+        "model",
+        "name",
+        "+x",
+        "~seed",
+        "hydra.run.dir",
+        "hydra/launcher",
+        "resume",
+        "",
+        "-",
+    ]
+    values = [
+        "3",
+        "",
+        "[",
+        "]'",
+        "null",
+        "{a:",
+        "${epochs}",
+        "${oc.env:NOT}",
+        "1e999",
+        "\x1b[2J",
+        "\udcff",
+        "9" * 5000,
+        "a,b",
+    ]
+    for _ in range(60):
+        pieces = [
+            random.choice(names) + random.choice(["=", "=", "==", " ", "@"]) + random.choice(values) for _ in range(2)
+        ]
+        answer = call(random.choice(["train", "evaluate", "predict"]), *pieces)
+        assert answer.code in (0, 2), pieces
+        assert "Traceback" not in answer.err and len(answer.err) < 700, pieces
+        assert answer.code == 0 or len(answer.err.splitlines()) == 1, (pieces, answer.err)
+        assert "\x1b" not in answer.err
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is printed, and where to
+
+
+def can_steer(text: str) -> bool:
+    return any(unicodedata.category(c) == "Cc" and c not in "\n\t" for c in text)
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        ["model=\x1b[2J"],
+        ["ab\x1b]0;title\x07=1"],
+        ["--\x1bfoo"],
+        ["--cfg", "job", "name='\x1b[31mred'"],
+        ["name=\r\x1b[A"],
+    ],
+)
+def test_nothing_that_was_typed_steers_the_terminal(call: Call, typed: list[str]) -> None:
+    answer = call("train", *typed)
+    assert answer.out + answer.err and not can_steer(answer.out + answer.err)
+
+
+def test_a_stream_writes_control_characters_out_but_for_a_bars_own() -> None:
+    raw = io.BytesIO()
+    below = io.TextIOWrapper(raw, "utf-8", write_through=True)
+    out, error = terminal.Stream(below, is_error=False), terminal.Stream(below, is_error=True)
+    typed = [(out, "a\tb\n"), (out, "\rc\x1b[A"), (error, "\rbar \x1b[31m\r"), (error, "\x1b[A"), (error, "\x1b[Ax")]
+    for stream, text in typed:
+        stream.write(text)
+        stream.flush()
+    assert raw.getvalue() == b"a\tb\n" + rb"\rc\x1b[A" + b"\r" + rb"bar \x1b[31m\r" + b"\x1b[A" + rb"\x1b[Ax"
+    for stream in (out, error):
+        stream.detach()
+
+
+def test_the_streams_are_put_back(call: Call) -> None:
+    before = sys.stdout, sys.stderr
+    assert call("train", "--help").code == 0 and (sys.stdout, sys.stderr) == before
+
+
+@pytest.mark.parametrize(
+    ("redirection", "code", "said"),
+    [
+        (">/dev/full", 1, "error: standard output cannot be written: No space left on device\n"),
+        ("| exec true", 141, ""),
+        (">&-", 0, ""),
+        ("2>&- >&-", 0, ""),
+    ],
+)
+def test_an_output_that_is_full_or_closed(tmp_path: Path, redirection: str, code: int, said: str) -> None:
+    command = f"set -o pipefail; '{sys.executable}' '{ROOT / 'train.py'}' --cfg job epochs=3 {redirection}"
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr, done.stdout) == (code, said, "")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

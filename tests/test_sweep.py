@@ -18,6 +18,7 @@ import pytest
 from conftest import ROOT, Call
 
 from engine import compare, sweep
+from engine.errors import RunError
 
 SMALL = ("epochs=1", "dataset.limit=60", "model.hidden=[8]")
 
@@ -84,9 +85,61 @@ def test_a_stopped_run_goes_on_where_it_was(call: Call, tmp_path: Path) -> None:
     assert results(directory) == before
 
 
+@pytest.mark.parametrize(
+    "run", ["../..", "..", "cut", "cut/..", "other/01", "cut/link", "cut/a/b", "/etc", "cut/gone", 3, None, ["cut/01"]]
+)
+def test_only_runs_of_the_sweep_itself_go_on(tmp_path: Path, run: Any) -> None:
+    directory = tmp_path / "cut"
+    for name in ("cut/01", "other/01", "cut/a/b", "."):
+        (tmp_path / name / ".hydra").mkdir(parents=True)
+        (tmp_path / name / ".hydra" / "config.yaml").touch()
+    (directory / "link").symlink_to("../other/01")
+    good = {"job": 1, "overrides": ["seed=0"], "configuration": "x", "state": "began", "run": "cut/01"}
+    lines = [json.dumps(record) for record in (good, {**good, "run": run})]
+    (directory / "jobs.jsonl").write_text("\n".join(lines) + "\n")
+    assert sweep._before(directory, "x").get("run") == ("cut/01" if run != "cut/gone" else None)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{", "3", "[]", "null", "{}", 5000 * "[", '{"state": "failed"}',
+        '{"job": 1, "overrides": "seed=0", "state": "began"}',
+        '{"job": "1", "overrides": [], "state": "began"}', '{"job": 1, "overrides": [3], "state": "finished"}',
+        '{"job": 1, "overrides": [], "state": "finished", "value": NaN}', '{"job": 1, "overrides": [], "state": 7}',
+        '{"job": 1, "overrides": [], "state": "failed", "reason": ["x"]}', "\x00\udcff",
+    ],
+)  # fmt: skip
+def test_a_line_that_no_sweep_wrote_is_passed_over(tmp_path: Path, line: str) -> None:
+    good = {
+        "job": 1,
+        "overrides": ["seed=0"],
+        "configuration": "x",
+        "state": "failed",
+        "reason": "because",
+        "exit_code": 1,
+    }
+    content = f"{line}\n{json.dumps(good)}\n"
+    (tmp_path / "jobs.jsonl").write_bytes(content.encode(errors="replace"))
+    assert sweep._journal(tmp_path) == [good]
+    (tmp_path / "jobs.jsonl").unlink()
+    os.mkfifo(tmp_path / "jobs.jsonl")
+    assert sweep._journal(tmp_path) == []
+
+
+def test_a_sweep_that_cannot_start_leaves_nothing(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise RunError("no space")
+
+    monkeypatch.setattr(sweep.files, "write_json", full)
+    answer = call("train", "-m", "name=s", "seed=0,1")
+    assert answer.code == 1 and answer.err == "error: no space\n"
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
 def test_sweeps_of_the_same_second_do_not_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "strftime", lambda _: "now")
-    assert [sweep._claim(tmp_path, None).name for _ in range(3)] == ["sweep_now", "sweep_now_2", "sweep_now_3"]
+    assert [sweep._claim(tmp_path, None)[0].name for _ in range(3)] == ["sweep_now", "sweep_now_2", "sweep_now_3"]
 
 
 def test_evaluate_sweeps_too(call: Call, tmp_path: Path) -> None:

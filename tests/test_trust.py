@@ -115,7 +115,7 @@ def test_choices_of_a_run_are_options_of_the_groups_here(call: Call, tmp_path: P
     for choices in NO_OPTIONS:
         run_made_elsewhere(tmp_path, choices={**own, **choices})
         said = call("train", "resume=checkpoints/theirs", "epochs=2").error
-        assert "which configs/ does not have" in said and len(said) < 500, choices
+        assert ("which configs/ does not have" in said or "is no name" in said) and len(said) < 500, choices
         assert not (tmp_path / "it-ran").exists(), choices
 
 
@@ -357,7 +357,7 @@ def test_yaml_of_a_run_is_bounded(call: Call, tmp_path: Path) -> None:
         assert "not a run's configuration" in call("train", "resume=run").error
     (directory / "config.yaml").unlink()
     os.mkfifo(directory / "config.yaml")
-    assert "resume=run" in call("train", "resume=run").error
+    assert "config.yaml is a link or no file" in call("train", "resume=run").error
 
 
 @pytest.mark.parametrize("what", ["a FIFO", "a device", "a folder"])

@@ -1,0 +1,119 @@
+"""Standard output and error: what is printed cannot steer a terminal, and a reader that has gone is no crash."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from engine.errors import RunError, printable
+
+# What a progress bar draws itself with: a return before its text, and the way up to its line. Taken from the beginning
+# of a write only, where tqdm sends them, so that no text that was read from somewhere can hold one.
+_OF_A_BAR = re.compile(r"\r+|(?:\x1b\[A)+$")
+
+
+def escaped(text: str) -> str:
+    """Text of any number of lines whose control characters, but for the ends of lines and tabs, are written out."""
+    return re.sub(r"[^\n\t]+", lambda found: printable(found[0]), text)
+
+
+class Stream(io.TextIOWrapper):
+    """A standard stream that writes control characters as escapes and remembers why nothing more could be written.
+
+    Args:
+        stream: the one in whose place it stands; both write into the same buffer.
+        is_error: standard error: a bar may be drawn there, and that it cannot be written to is nobody's concern.
+    """
+
+    def __init__(self, stream: io.TextIOWrapper, is_error: bool) -> None:
+        super().__init__(
+            stream.buffer,
+            encoding=stream.encoding,
+            errors="backslashreplace",
+            line_buffering=stream.line_buffering,
+            write_through=stream.write_through,
+        )
+        self.is_error = is_error
+        self.failure: OSError | None = None
+
+    def write(self, text: str) -> int:
+        """Write text, all but a bar's own control characters escaped."""
+        bar = _OF_A_BAR.match(text) if self.is_error else None
+        start = bar[0] if bar else ""
+        self._trying(super().write, start + escaped(text[len(start) :]))
+        return len(text)
+
+    def flush(self) -> None:
+        """Send what is buffered."""
+        self._trying(super().flush)
+
+    def _trying(self, act: Callable[..., Any], *arguments: str) -> None:
+        try:
+            act(*arguments)
+        except OSError as error:
+            self.failure = error
+            if not self.is_error:
+                raise
+
+
+_before: list[tuple[str, Any]] = []  # the streams in whose place ours stand
+
+
+def guard() -> None:
+    """Put streams of this kind in the place of standard output and error, if they are not there yet.
+
+    Descriptors that were closed (`2>&-`) lead to nowhere: else the next file that is opened would get their number, and
+    what a library writes to standard error would go into a checkpoint.
+    """
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+    for descriptor, name in ((1, "stdout"), (2, "stderr")):
+        stream = getattr(sys, name)
+        if stream is None:
+            stream = open(descriptor, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+        if isinstance(stream, io.TextIOWrapper) and not isinstance(stream, Stream):
+            _before.append((name, stream))
+            setattr(sys, name, Stream(stream, is_error=name == "stderr"))
+
+
+def is_cut_off(error: BaseException) -> bool:
+    """Whether an exception only says that standard output takes nothing more."""
+    return isinstance(sys.stdout, Stream) and error is sys.stdout.failure
+
+
+def release(exit_code: int) -> int:
+    """Send what is left to standard output, put the streams back, and return the exit code to leave with.
+
+    That is 141, as a shell reports it, where the reader has gone (`| head`), and 1 where the output is lost.
+    """
+    while _before:
+        name, before = _before.pop()
+        stream = getattr(sys, name)
+        setattr(sys, name, before)
+        if not isinstance(stream, Stream):
+            continue  # somebody else put another there
+        with contextlib.suppress(OSError):
+            stream.flush()
+        if stream.failure is not None:  # what is left over goes nowhere, at the end of the process too
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        if stream.failure is not None and not stream.is_error:
+            if stream.failure.errno != errno.EPIPE:
+                print(f"error: standard output cannot be written: {stream.failure.strerror}", file=sys.stderr)
+            exit_code = exit_code or (128 + 13 if stream.failure.errno == errno.EPIPE else RunError.exit_code)
+        stream.detach()  # or the buffer would be closed with it
+    return exit_code
+
+
+def width() -> int | None:
+    """Columns of the terminal that standard output is, None where it is none."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
