@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 import time
+import traceback
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -116,7 +117,13 @@ def close(directory: Path) -> None:
 
 
 def abandon(state: str, reason: str) -> None:
-    """Close what this process has open of a run that failed or was stopped, and note that in its end.json."""
+    """Close what this process has open of a run that failed or was stopped, and note that in its end.json.
+
+    The traceback of what is being handled goes to train.log, where it is not just a line for the user.
+    """
+    error = sys.exc_info()[1]
+    if error is not None and not (isinstance(error, RunError) and error.__cause__ is None):
+        log.debug("".join(traceback.format_exception(error)))
     for directory in list(_locks):
         with contextlib.suppress(RunError):  # a full disk, for instance, which is what is being reported
             files.write_json(directory / "end.json", {"state": state, "reason": reason})

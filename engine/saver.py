@@ -21,11 +21,12 @@ import numpy as np
 import torch
 
 from engine import checkpoint
-from engine.errors import Interrupted, RequestError, RunError, one_line
+from engine.errors import Interrupted, RequestError, RunError, one_line, out_of_memory
 from engine.metrics import Tally
 from engine.runs import log
 
 Item = TypeVar("Item")
+TRY = "try a lower learning rate (optimizer.lr), or clip_grad_norm=1"
 
 
 class Part(Protocol):
@@ -166,9 +167,18 @@ class Saver:
             self._handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """Put the signals' handlers back; that memory ran out is told in one line.
+
+        Raises:
+            RunError: it did, with the batch size to try.
+        """
         for number, handler in getattr(self, "_handlers", {}).items():
             signal.signal(number, handler)
+        said = error and out_of_memory(error, self.about["config"]["batch_size"])
+        if said:
+            where = f"epoch {self.progress.epoch}, step {self.progress.batch + 1}"
+            raise RunError(f"{where}: {said}; {self._last_good()}") from error
 
     def _on_signal(self, number: int, frame: object) -> None:
         if self.signal is not None:  # a second time: leave at once; last.pt is whole at every moment
@@ -208,23 +218,39 @@ class Saver:
         )
 
     def check(self, val_loss: float | None = None) -> None:
-        """Stop at a loss or a weight that is not a finite number.
+        """Stop at a loss, a weight or a learning rate that is not a finite number.
 
         Raises:
             RunError: naming the epoch and step where it first appeared, and the last good checkpoint.
         """
         bad = self.tally.first_bad_step()
         weights = self.parts["model"].state_dict().values()
-        if bad is None and math.isfinite(val_loss or 0.0) and all(_finite(tensor) for tensor in weights):
-            return
-        epoch, step = self.progress.epoch, self.progress.batch if bad is None else bad + 1
-        what = "the loss" if bad is not None else "the validation loss" if val_loss is not None else "a weight"
+        optimizer: torch.optim.Optimizer = self.parts["optimizer"]  # type: ignore[assignment]
+        found = {
+            "the loss": bad is not None,
+            "the learning rate": not all(math.isfinite(group["lr"]) for group in optimizer.param_groups),
+            "a weight": not all(_finite(tensor) for tensor in weights),
+            "the validation loss": not math.isfinite(val_loss or 0.0),
+        }
+        what = next((name for name, is_bad in found.items() if is_bad), None)
+        if what is not None:
+            step = self.progress.batch if bad is None else bad + 1
+            raise RunError(
+                f"{what} is not a finite number any more, first in epoch {self.progress.epoch}, step {step}; "
+                f"{self._last_good()}; {TRY}"
+            )
+
+    def check_result(self, test_loss: float) -> None:
+        """Stop at a test loss that is not a finite number, though all weights are."""
+        if not math.isfinite(test_loss):
+            raise RunError(
+                f"the test loss is not a finite number, with the weights of epoch {self.progress.best['epoch']} in "
+                f"{self.directory / 'best.pt'}; {TRY}"
+            )
+
+    def _last_good(self) -> str:
         last = self.directory / "last.pt"
-        good = f"the last good checkpoint is {last}" if last.exists() else "no checkpoint was saved yet"
-        raise RunError(
-            f"{what} is not a finite number any more, first in epoch {epoch}, step {step}; {good}; "
-            "try a lower learning rate (optimizer.lr), or clip_grad_norm=1"
-        )
+        return f"the last good checkpoint is {last}" if last.exists() else "no checkpoint was saved yet"
 
     def save_epoch(self, best: bool) -> None:
         """Write last.pt at the end of an epoch that `check` found good; before it best.pt, which it names the epoch of.
@@ -298,4 +324,4 @@ class Saver:
 
 
 def _finite(tensor: torch.Tensor) -> bool:
-    return not tensor.is_floating_point() or bool(tensor.isfinite().all())
+    return not (tensor.is_floating_point() or tensor.is_complex()) or bool(tensor.isfinite().all())
