@@ -53,7 +53,7 @@ def main(config: dict[str, Any]) -> float:
     patience = config["early_stopping"]["patience"]
     if patience and "val" not in splits:
         raise RequestError(
-            f"early_stopping.patience={patience}: there is no validation part whose results could stop becoming better; "
+            f"early_stopping.patience={patience}: there is no validation part whose results could stop improving; "
             "raise dataset.val_fraction, or leave early_stopping.patience out"
         )
     train_batches = Batches(splits["train"], data["train_transforms"], config, device, training=True)
@@ -96,7 +96,7 @@ def main(config: dict[str, Any]) -> float:
     saver = Saver(directory, about, {**parts, "random": RandomStates()}, **config["checkpoint"])
     describe(config, model, splits, input_shape, classes, device, directory)
     if config["resume"]:
-        saver.restore(config["changed"])
+        saver.restore(config["changed"], steps)
         runs.save_config(directory, config)
 
     # The epochs.

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from engine import checkpoint
+from engine.config import build
 from engine.errors import Interrupted, RequestError, RunError, one_line, out_of_memory
 from engine.metrics import Tally
 from engine.runs import log
@@ -128,10 +129,19 @@ class RandomStates:
         np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), *rest))
         version, internal, gauss = state["python"]
         random.setstate((version, tuple(internal), gauss))
-        if "cuda" in state and torch.cuda.device_count() == len(state["cuda"]):
-            torch.cuda.set_rng_state_all(state["cuda"])
+        saved, here = state.get("cuda", []), torch.cuda.device_count()
+        for number, of_device in enumerate(saved[:here]):
+            torch.cuda.set_rng_state(of_device, number)
         if "mps" in state and torch.backends.mps.is_available():
             torch.mps.set_rng_state(state["mps"])
+        absent = [f"cuda:{i}" for i in range(here, len(saved))]
+        new = [f"cuda:{i}" for i in range(len(saved), here)]
+        if ("mps" in state) != torch.backends.mps.is_available():
+            (absent if "mps" in state else new).append("mps")
+        said = [f"{', '.join(absent)}, not in this machine"] if absent else []
+        said += [f"{', '.join(new)}, not saved"] if new else []
+        if said:
+            log.info(f"warning  random states not restored: those of {', and of '.join(said)}; dropout may differ")
 
 
 class Saver:
@@ -275,11 +285,13 @@ class Saver:
         checkpoint.write(last, state, keep=self.directory / "previous.pt")
         self._saved = time.monotonic()
 
-    def restore(self, changed: list[str]) -> None:
+    def restore(self, changed: list[str], steps_per_epoch: int) -> None:
         """Put every part where last.pt left it, or the one before it if that is damaged.
 
         Args:
-            changed: settings that the user changed knowingly; the epoch in progress then starts anew, with them.
+            changed: settings that the user changed knowingly. The epoch in progress then begins again, with them and
+                with the weights as they are; those from its beginning are not kept.
+            steps_per_epoch: of this run; the saved one may have had another number.
 
         Raises:
             RequestError: neither file can be used, or the data is not what the run was started with.
@@ -294,21 +306,35 @@ class Saver:
             log.info(f"{error}: going on from {previous}, the one before")
             saved = checkpoint.read(previous)
         self._compare(saved, changed)
+        try:
+            self._load(saved, changed, steps_per_epoch)
+        except (KeyError, ValueError, TypeError, RuntimeError, AttributeError, IndexError) as error:
+            raise RequestError(f"{last}: does not fit this run ({one_line(error)})") from error
+        if changed:
+            steps = saved["progress"]["batch"]
+            again = f" begins again from its first sample, with the weights of step {steps}" if steps else " is next"
+            log.info(f"changed  {', '.join(changed)}; epoch {self.progress.epoch}{again}")
+        log.info(f"resumed  in epoch {self.progress.epoch}, after {self.progress.batch} steps")
+
+    def _load(self, saved: dict[str, Any], changed: list[str], steps_per_epoch: int) -> None:
         optimizer: torch.optim.Optimizer = self.parts["optimizer"]  # type: ignore[assignment]
         asked = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-        try:
-            for name, part in self.parts.items():
-                part.load_state_dict(saved[name])
-                if name == "optimizer" and changed:  # its state_dict brings the old settings back
-                    for group, settings in zip(optimizer.param_groups, asked, strict=True):
-                        group.update(settings)
-        except (KeyError, ValueError, TypeError, RuntimeError, AttributeError, IndexError) as error:
-            raise RequestError(f"{last}: does not fit this run ({one_line(error)})") from None
+        new_curve = bool(changed) or saved["config"]["epochs"] != self.about["config"]["epochs"]
+        for name, part in self.parts.items():
+            if name == "scheduler" and new_curve:
+                continue
+            if name == "optimizer" and changed and not _fits(self.about["config"]["optimizer"], saved[name]):
+                log.info(f"changed  {type(optimizer).__name__} begins without averages: those saved are another kind's")
+                continue
+            part.load_state_dict(saved[name])
+        steps = saved["scheduler"]["steps"]
         if changed:
-            log.info(f"changed  {', '.join(changed)}; epoch {self.progress.epoch} starts anew")
-            self.progress.batch = 0
+            self.progress.batch, steps = 0, (self.progress.epoch - 1) * steps_per_epoch
             self.tally.reset()
-        log.info(f"resumed  in epoch {self.progress.epoch}, after {self.progress.batch} steps")
+        if new_curve:  # the schedule is led along its curve from the beginning, in the steps of this run
+            for group, settings in zip(optimizer.param_groups, asked, strict=True):
+                group.update(settings)
+            self.parts["scheduler"].start(steps)  # type: ignore[attr-defined]
 
     def _compare(self, saved: dict[str, Any], changed: list[str]) -> None:
         if saved["data"] != self.about["data"] and not changed:
@@ -321,6 +347,24 @@ class Saver:
         other = [f"{k} {before.get(k)} -> {now[k]}" for k in now if k != "git_commit" and before.get(k) != now[k]]
         if other:
             log.info(f"warning  {', '.join(other)} since the run was saved: the last bits may come out differently")
+
+
+def state_names(optimizer: dict[str, Any]) -> set[str]:
+    """What an optimizer of these settings keeps of each parameter, `{"momentum_buffer"}` for instance; it makes a step.
+
+    Whatever the optimizer raises comes through.
+    """
+    parameter = torch.nn.Parameter(torch.zeros(2, 2))
+    parameter.grad = torch.ones(2, 2)
+    small = build(optimizer, "optimizer", [parameter])
+    small.step()
+    return set(small.state[parameter])
+
+
+def _fits(optimizer: dict[str, Any], saved: dict[str, Any]) -> bool:
+    """Whether an optimizer of these settings finds what it needs in a saved state, which may be another kind's."""
+    kept = {name for state in saved["state"].values() for name in state}
+    return not kept or state_names(optimizer) <= kept
 
 
 def _finite(tensor: torch.Tensor) -> bool:

@@ -18,11 +18,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 import datasets
-from engine.config import build
 from engine.errors import RequestError, RunError, one_line, out_of_memory
 from engine.loader import Batches
 from engine.metrics import Tally
-from engine.saver import RandomStates
+from engine.saver import RandomStates, state_names
 
 # What torch and models raise at images, labels or sizes that do not fit. Anything else is a bug in a model or a loss.
 MISFITS = (RuntimeError, ValueError, TypeError, IndexError, AssertionError, Warning)
@@ -55,7 +54,10 @@ def try_step(
     largest = min(batches.batch_size, batches.num_samples)
     last = batches.num_samples % batches.batch_size or largest
     with _no_trace(model, criterion):
-        state_names(optimizer)
+        try:
+            state_names(optimizer)
+        except Exception as error:
+            raise RequestError(f"optimizer {optimizer['_target_']} cannot make a step: {cause(error)}") from error
         model.train()
         _step(model, criterion, batches, (largest, *input_shape), num_classes)
         try:
@@ -66,22 +68,6 @@ def try_step(
                 f"batch_size={batches.batch_size}: the last batch of {batches.num_samples:,} samples holds {last}: "
                 f"{error}; take drop_last=true or another batch_size"
             ) from error
-
-
-def state_names(optimizer: dict[str, Any]) -> set[str]:
-    """What an optimizer of these settings keeps for each parameter: `{"momentum_buffer"}`, found out by a step.
-
-    Raises:
-        RequestError: it cannot make a step of the kind that training makes.
-    """
-    parameter = nn.Parameter(torch.zeros(2, 2))
-    parameter.grad = torch.ones(2, 2)
-    small = build(optimizer, "optimizer", [parameter])
-    try:
-        small.step()
-    except Exception as error:
-        raise RequestError(f"optimizer {type(small).__name__} cannot make a step: {cause(error)}") from error
-    return set(small.state[parameter])
 
 
 def _forward(model: nn.Module, images: Tensor, num_classes: int) -> Tensor:
