@@ -29,7 +29,7 @@ from engine.runs import log
 from engine.saver import Progress, RandomStates, Saver
 from engine.schedules import build_schedule
 from engine.trackers import Trackers
-from engine.trial import try_step
+from engine.trial import to_device, try_step
 
 
 def main(config: dict[str, Any]) -> float:
@@ -51,11 +51,7 @@ def main(config: dict[str, Any]) -> float:
     data = config["dataset"]
     splits, classes = load_splits(data)
     patience = config["early_stopping"]["patience"]
-    if patience and "val" not in splits:
-        raise RequestError(
-            f"early_stopping.patience={patience}: there is no validation part whose results could stop improving; "
-            "raise dataset.val_fraction, or leave early_stopping.patience out"
-        )
+    check_early_stopping(patience, splits)
     train_batches = Batches(splits["train"], data["train_transforms"], config, device, training=True)
     val_batches = Batches(splits["val"], data["eval_transforms"], config, device) if "val" in splits else None
     test_batches = Batches(splits["test"], data["eval_transforms"], config, device)
@@ -66,8 +62,8 @@ def main(config: dict[str, Any]) -> float:
 
     # Model, loss, optimizer, schedule.
     torch.manual_seed(config["seed"])
-    model = build(config["model"], "model", input_shape=input_shape, num_classes=len(classes)).to(device)
-    criterion = build(config["criterion"], "criterion").to(device)
+    model = to_device(build(config["model"], "model", input_shape=input_shape, num_classes=len(classes)), device)
+    criterion = to_device(build(config["criterion"], "criterion"), device)
     try_step(model, criterion, config["optimizer"], train_batches, input_shape, len(classes))
     optimizer = build(config["optimizer"], "optimizer", model.parameters())
     steps = len(train_batches)
@@ -76,14 +72,13 @@ def main(config: dict[str, Any]) -> float:
     # The run: its directory, and what it saves.
     directory = runs.reopen(config) if config["resume"] else runs.create(config)
     runs.start_log(directory / "train.log")
-    environment = {"device": str(device), "threads": torch.get_num_threads(), **runs.environment()}
     about = {
         "format": checkpoint.FORMAT,
         "config": runs.own_config(config),
         "classes": classes,
         "input_shape": list(input_shape),
         "data": fingerprint(splits),
-        "environment": environment,
+        "environment": {"device": str(device), "threads": torch.get_num_threads(), **runs.environment()},
     }
     progress, tally = Progress(), Tally(device)
     parts: dict[str, Any] = {
@@ -125,18 +120,7 @@ def main(config: dict[str, Any]) -> float:
         checkpoint.load_weights(model, best["model"], directory / "best.pt")
         test_loss, confusion = evaluate(model, saver.watch(test_batches), len(classes))
         saver.check_result(test_loss)
-    summary = {
-        "test_accuracy": accuracy(confusion),
-        "test_loss": test_loss,
-        "best_epoch": progress.best["epoch"],
-        "val_accuracy": progress.best["val_accuracy"],
-        "val_loss": progress.best["val_loss"],
-        "epochs": len(progress.history),
-        "seconds": round(sum(row["seconds"] for row in progress.history), 3),
-        "seed": config["seed"],
-        "data": about["data"],
-        **environment,
-    }
+    summary = summarise(progress, about, test_loss, accuracy(confusion))
     runs.write_metrics(directory / "metrics.csv", progress.history)
     files.write_json(directory / "summary.json", summary)
     trackers.finish(summary)
@@ -189,12 +173,37 @@ def frozen_memory() -> Iterator[None]:
         gc.unfreeze()  # or libraries that count what they have made (nanobind's, in Triton) complain when Python ends
 
 
+def check_early_stopping(patience: int | None, splits: dict[str, Any]) -> None:
+    """Refuse early stopping where there is nothing to watch; it would never stop."""
+    if patience is not None and "val" not in splits:
+        raise RequestError(
+            f"early_stopping.patience={patience}: there is no validation part whose results could stop improving; "
+            "raise dataset.val_fraction, or leave early_stopping.patience out"
+        )
+
+
 def stop_early(progress: Progress, patience: int | None) -> bool:
     """Whether validation has not become better for `patience` epochs."""
     if patience is None or progress.epochs_since_best() < patience:
         return False
     log.info(f"stopped early: nothing better than epoch {progress.best['epoch']} for {patience} epochs")
     return True
+
+
+def summarise(progress: Progress, about: dict[str, Any], test_loss: float, test_accuracy: float) -> dict[str, Any]:
+    """What summary.json says: the results of the best epoch, and what a repetition needs to know."""
+    return {
+        "test_accuracy": test_accuracy,
+        "test_loss": test_loss,
+        "best_epoch": progress.best["epoch"],
+        "val_accuracy": progress.best["val_accuracy"],
+        "val_loss": progress.best["val_loss"],
+        "epochs": len(progress.history),
+        "seconds": round(sum(row["seconds"] for row in progress.history), 3),
+        "seed": about["config"]["seed"],
+        "data": about["data"],
+        **about["environment"],
+    }
 
 
 def describe(

@@ -27,6 +27,12 @@ from engine.saver import RandomStates, state_names
 MISFITS = (RuntimeError, ValueError, TypeError, IndexError, AssertionError, Warning)
 
 
+def to_device(module: nn.Module, device: torch.device) -> nn.Module:
+    """A model or a loss on the device, or RequestError where that has not the memory for it, or it is no module."""
+    with _told(f"{type(module).__name__} cannot be moved to {device}", 1):
+        return module.to(device)
+
+
 def try_step(
     model: nn.Module,
     criterion: nn.Module,
