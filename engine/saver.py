@@ -309,6 +309,8 @@ class Saver:
         try:
             self._load(saved, changed, steps_per_epoch)
         except (KeyError, ValueError, TypeError, RuntimeError, AttributeError, IndexError) as error:
+            if said := out_of_memory(error, self.about["config"]["batch_size"]):
+                raise RunError(f"{last}: {said}") from error
             raise RequestError(f"{last}: does not fit this run ({one_line(error)})") from error
         if changed:
             steps = saved["progress"]["batch"]
@@ -331,7 +333,8 @@ class Saver:
         if changed:
             self.progress.batch, steps = 0, (self.progress.epoch - 1) * steps_per_epoch
             self.tally.reset()
-        if new_curve:  # the schedule is led along its curve from the beginning, in the steps of this run
+        if new_curve and self.progress.epoch <= self.about["config"]["epochs"]:
+            # The schedule is led along its curve from the beginning, in the steps of this run.
             for group, settings in zip(optimizer.param_groups, asked, strict=True):
                 group.update(settings)
             self.parts["scheduler"].start(steps)  # type: ignore[attr-defined]

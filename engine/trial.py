@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -64,11 +64,13 @@ def try_step(
             state_names(optimizer)
         except Exception as error:
             raise RequestError(f"optimizer {optimizer['_target_']} cannot make a step: {cause(error)}") from error
+        make_labels = _label_maker(criterion, batches, num_classes)
+        images = torch.zeros(largest, *input_shape, device=batches.device)
         model.train()
-        _step(model, criterion, batches, (largest, *input_shape), num_classes)
+        _step(model, criterion, images, make_labels, num_classes)
         try:
             if last != largest:
-                _step(model, criterion, batches, (last, *input_shape), num_classes)
+                _step(model, criterion, images[:last], make_labels, num_classes)
         except RequestError as error:
             raise RequestError(
                 f"batch_size={batches.batch_size}: the last batch of {batches.num_samples:,} samples holds {last}: "
@@ -90,29 +92,14 @@ def _forward(model: nn.Module, images: Tensor, num_classes: int) -> Tensor:
     return logits
 
 
-def _step(model: nn.Module, criterion: nn.Module, batches: Batches, shape: tuple[int, ...], num_classes: int) -> None:
-    """Forward, loss, backward and the counting of a batch of empty images of the first class."""
-    device, count = batches.device, shape[0]
-    logits = _forward(model, torch.zeros(shape, device=device), num_classes)
-    transform = batches.split.target_transform
-    indices = torch.zeros(count, dtype=torch.int64, device=device)
-    try:
-        labels = indices if transform is None else batches._targets(transform, indices)
-    except RunError as error:
-        raise RequestError(str(error)) from error
-    try:
-        loss = _loss(criterion, logits, labels)
-    except RequestError as error:
-        labels = nn.functional.one_hot(indices, num_classes).float()
-        try:
-            loss = _loss(criterion, logits, labels)
-        except RequestError:
-            raise error from error.__cause__
-        if transform is not None or isinstance(batches.split.part, (tuple, datasets.ImageFiles)):
-            raise RequestError(
-                f"{error}; dataset.target_transform=torch.nn.functional.one_hot would make labels that fit"
-            ) from error
-        # Of a Dataset of the user's, only its samples tell whether its labels are indices or probabilities.
+def _step(
+    model: nn.Module, criterion: nn.Module, images: Tensor, make_labels: Callable[[int], Tensor], num_classes: int
+) -> None:
+    """Forward, loss, backward and the counting of a batch of empty images."""
+    count, device = len(images), images.device
+    logits = _forward(model, images, num_classes)
+    labels = make_labels(count)
+    loss = _loss(criterion, logits, labels)
     with _told(f"the backward pass of {type(model).__name__} and {type(criterion).__name__} fails", count):
         loss.backward()
         tally = Tally(device)
@@ -120,13 +107,42 @@ def _step(model: nn.Module, criterion: nn.Module, batches: Batches, shape: tuple
         tally.read()
 
 
+def _label_maker(criterion: nn.Module, batches: Batches, num_classes: int) -> Callable[[int], Tensor]:
+    """What makes labels of the first class for so many images, as training would hand them to the loss."""
+    transform = batches.split.target_transform
+
+    def as_training_does(count: int) -> Tensor:
+        indices = torch.zeros(count, dtype=torch.int64, device=batches.device)
+        try:
+            return indices if transform is None else batches._targets(transform, indices)
+        except RunError as error:
+            raise RequestError(str(error)) from error
+
+    def probabilities(count: int) -> Tensor:
+        return nn.functional.one_hot(torch.zeros(count, dtype=torch.int64, device=batches.device), num_classes).float()
+
+    count = num_classes + 2  # with one sample, or as many as classes, labels of a wrong shape may broadcast
+    logits = torch.zeros(count, num_classes, device=batches.device)
+    try:
+        _loss(criterion, logits, as_training_does(count))
+    except RequestError as error:
+        try:
+            _loss(criterion, logits, probabilities(count))
+        except RequestError:
+            raise error from error.__cause__
+        if transform is not None or isinstance(batches.split.part, (tuple, datasets.ImageFiles)):
+            raise RequestError(
+                f"{error}; dataset.target_transform=torch.nn.functional.one_hot would make labels that fit"
+            ) from error
+        return probabilities  # of a Dataset of the user's, only its samples tell which of the two its labels are
+    return as_training_does
+
+
 def _loss(criterion: nn.Module, logits: Tensor, labels: Tensor) -> Tensor:
     name = type(criterion).__name__
+    shapes = " and labels ".join(str(["batch", *x.shape[1:]]).replace("'", "") for x in (logits, labels))
     with (
-        _told(
-            f"criterion {name} {{}} logits {list(logits.shape)} and labels {list(labels.shape)} of {labels.dtype}",
-            len(logits),
-        ),
+        _told(f"criterion {name} {{}} logits {shapes} of {labels.dtype}", len(logits)),
         warnings.catch_warnings(),
     ):
         warnings.filterwarnings("error", message="Using a target size")  # shapes that broadcast, into a wrong loss

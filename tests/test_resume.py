@@ -398,6 +398,7 @@ def test_more_epochs_lengthen_a_schedule_of_torchs_that_counts_steps(call: Call,
     rows = [float(row["lr"]) for row in csv.DictReader((tmp_path / "checkpoints/run/metrics.csv").open())]
     # Of 8 steps: 0.01, 0.04, 0.07, 0.1 and down to 1e-6 in four; epochs 3 and 4 begin with steps 4 and 6.
     assert rows[2:] == pytest.approx([0.075, 0.025], abs=1e-4)
+    assert call("train", "resume=latest", "epochs=3", own).code == 0  # nothing left to do
 
 
 def test_another_optimizer_does_not_take_over_what_it_cannot_use(call: Call, tmp_path: Path) -> None:

@@ -44,6 +44,7 @@ YAML = {
     "model/vit": "_target_: torchvision.models.VisionTransformer\nimage_size: 224\npatch_size: 112\nnum_layers: 1\n"
     "num_heads: 1\nhidden_dim: 8\nmlp_dim: 8",
     "criterion/mse": "_target_: torch.nn.MSELoss\nreduction: mean  # str: or none",
+    "criterion/poisson": "_target_: torch.nn.PoissonNLLLoss\nfull: false",
     "criterion/weighted": "_target_: own_models.weighted\nlength: 10",
     "optimizer/lbfgs": "_target_: torch.optim.LBFGS\nlr: 1.0",
     "optimizer/sparse": "_target_: torch.optim.SparseAdam\nlr: 1.0",
@@ -69,12 +70,13 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     [
         (
             ["criterion=mse"],
-            f"criterion MSELoss does not take logits [64, 10] and labels [64] of torch.int64: .*{ONE_HOT}",
+            f"criterion MSELoss does not take logits [batch, 10] and labels [batch] of torch.int64: .*{ONE_HOT}",
         ),
-        (["criterion=mse", "batch_size=10"], "criterion MSELoss does not take logits [10, 10] and labels [10]"),
-        (["criterion=mse", ONE_HOT, "criterion.reduction=none"], "MSELoss gives [64, 10]; expected one number"),
+        (["criterion=mse", "batch_size=10"], "MSELoss does not take logits [batch, 10] and labels [batch]"),
+        (["criterion=poisson", "batch_size=1"], "PoissonNLLLoss does not take logits [batch, 10] and labels [batch]"),
+        (["criterion=mse", ONE_HOT, "criterion.reduction=none"], "MSELoss gives [12, 10]; expected one number"),
         (["criterion=weighted", "criterion.length=3"], "CrossEntropyLoss does not take .*weight tensor .*10 classes"),
-        (["dataset.target_transform=torch.nn.functional.gelu"], "dataset.target_transform refuses labels [64]"),
+        (["dataset.target_transform=torch.nn.functional.gelu"], "dataset.target_transform refuses labels [12]"),
         (["model=vit"], "VisionTransformer does not take 1 image [1, 8, 8]: AssertionError: Wrong image height!"),
         (["model=plain", "model.way=misspelt"], "Plain fails on 64 images [1, 8, 8]: NameError: .*(own_models.py:15)"),
         (["model=plain", "model.way=tuple"], "model Plain gives tuple for 64 images; expected [64, 10]"),
