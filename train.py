@@ -10,6 +10,8 @@ if __name__ == "__main__":
 
 import gc
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from torch.optim import Optimizer
 
 from engine import checkpoint, files, report, runs, trust
 from engine.config import build
-from engine.errors import RequestError, one_line
+from engine.errors import RequestError
 from engine.loader import Batches, choose_device, fingerprint, load_splits
 from engine.metrics import Tally, accuracy, evaluate
 from engine.progress import Bar, epoch_line
@@ -27,6 +29,7 @@ from engine.runs import log
 from engine.saver import Progress, RandomStates, Saver
 from engine.schedules import build_schedule
 from engine.trackers import Trackers
+from engine.trial import to_device, try_step
 
 
 def main(config: dict[str, Any]) -> float:
@@ -47,6 +50,8 @@ def main(config: dict[str, Any]) -> float:
     torch.use_deterministic_algorithms(config["deterministic"])
     data = config["dataset"]
     splits, classes = load_splits(data)
+    patience = config["early_stopping"]["patience"]
+    check_early_stopping(patience, splits)
     train_batches = Batches(splits["train"], data["train_transforms"], config, device, training=True)
     val_batches = Batches(splits["val"], data["eval_transforms"], config, device) if "val" in splits else None
     test_batches = Batches(splits["test"], data["eval_transforms"], config, device)
@@ -57,9 +62,9 @@ def main(config: dict[str, Any]) -> float:
 
     # Model, loss, optimizer, schedule.
     torch.manual_seed(config["seed"])
-    model = build(config["model"], "model", input_shape=input_shape, num_classes=len(classes)).to(device)
-    probe(model, input_shape, len(classes), train_batches)
-    criterion = build(config["criterion"], "criterion").to(device)
+    model = to_device(build(config["model"], "model", input_shape=input_shape, num_classes=len(classes)), device)
+    criterion = to_device(build(config["criterion"], "criterion"), device)
+    try_step(model, criterion, config["optimizer"], train_batches, input_shape, len(classes))
     optimizer = build(config["optimizer"], "optimizer", model.parameters())
     steps = len(train_batches)
     schedule = build_schedule(config["scheduler"], optimizer, config["epochs"], steps)
@@ -67,16 +72,14 @@ def main(config: dict[str, Any]) -> float:
     # The run: its directory, and what it saves.
     directory = runs.reopen(config) if config["resume"] else runs.create(config)
     runs.start_log(directory / "train.log")
-    own_config = runs.own_config(config)
-    environment = {"device": str(device), "threads": torch.get_num_threads(), **runs.environment()}
     about = {
         "format": checkpoint.FORMAT,
-        "config": own_config,
-        "signature": trust.signature(own_config),
+        "config": runs.own_config(config),
+        "signature": trust.signature(runs.own_config(config)),
         "classes": classes,
         "input_shape": list(input_shape),
         "data": fingerprint(splits),
-        "environment": environment,
+        "environment": {"device": str(device), "threads": torch.get_num_threads(), **runs.environment()},
     }
     progress, tally = Progress(), Tally(device)
     parts: dict[str, Any] = {
@@ -89,14 +92,13 @@ def main(config: dict[str, Any]) -> float:
     saver = Saver(directory, about, {**parts, "random": RandomStates()}, **config["checkpoint"])
     describe(config, model, splits, input_shape, classes, device, directory)
     if config["resume"]:
-        saver.restore(config["changed"])
+        saver.restore(config["changed"], steps)
         runs.save_config(directory, config)
 
     # The epochs.
-    gc.freeze()  # what there is by now stays; looking through it again and again would take 0.2 s each time
     trackers = Trackers(config, directory, next_epoch=progress.epoch)
-    with report.LiveCurves(directory / "curves.png") as curves, trackers, saver:
-        while progress.epoch <= config["epochs"] and not stop_early(progress, config["early_stopping"]["patience"]):
+    with frozen_memory(), report.LiveCurves(directory / "curves.png") as curves, trackers, saver:
+        while progress.epoch <= config["epochs"] and not stop_early(progress, patience):
             train_epoch(model, train_batches, criterion, optimizer, schedule, tally, progress, saver, config)
             train_loss, train_accuracy = tally.read()
             row: dict[str, Any] = {"epoch": progress.epoch, "train_loss": train_loss, "train_accuracy": train_accuracy}
@@ -118,18 +120,8 @@ def main(config: dict[str, Any]) -> float:
         best = checkpoint.read(directory / "best.pt")
         checkpoint.load_weights(model, best["model"], directory / "best.pt")
         test_loss, confusion = evaluate(model, saver.watch(test_batches), len(classes))
-    summary = {
-        "test_accuracy": accuracy(confusion),
-        "test_loss": test_loss,
-        "best_epoch": progress.best["epoch"],
-        "val_accuracy": progress.best["val_accuracy"],
-        "val_loss": progress.best["val_loss"],
-        "epochs": len(progress.history),
-        "seconds": round(sum(row["seconds"] for row in progress.history), 3),
-        "seed": config["seed"],
-        "data": about["data"],
-        **environment,
-    }
+        saver.check_result(test_loss)
+    summary = summarise(progress, about, test_loss, accuracy(confusion))
     runs.write_metrics(directory / "metrics.csv", progress.history)
     files.write_json(directory / "summary.json", summary)
     trackers.finish(summary)
@@ -172,6 +164,25 @@ def train_epoch(
     bar.close()
 
 
+@contextmanager
+def frozen_memory() -> Iterator[None]:
+    """What there is by now stays: Python's search for garbage, 0.2 s each time, passes it over inside."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()  # or libraries that count what they have made (nanobind's, in Triton) complain when Python ends
+
+
+def check_early_stopping(patience: int | None, splits: dict[str, Any]) -> None:
+    """Refuse early stopping where there is nothing to watch; it would never stop."""
+    if patience is not None and "val" not in splits:
+        raise RequestError(
+            f"early_stopping.patience={patience}: there is no validation part whose results could stop improving; "
+            "raise dataset.val_fraction, or leave early_stopping.patience out"
+        )
+
+
 def stop_early(progress: Progress, patience: int | None) -> bool:
     """Whether validation has not become better for `patience` epochs."""
     if patience is None or progress.epochs_since_best() < patience:
@@ -180,28 +191,20 @@ def stop_early(progress: Progress, patience: int | None) -> bool:
     return True
 
 
-def probe(model: nn.Module, input_shape: tuple[int, int, int], num_classes: int, batches: Batches) -> None:
-    """Send one empty image through the model, so that a misfit is told before anything is made on disk.
-
-    Raises:
-        RequestError: the model does not take images of this shape, does not give one logit a class, or has batch
-            normalisation and would be given a batch of one sample.
-    """
-    name = type(model).__name__
-    model.eval()
-    try:
-        with torch.no_grad():
-            shape = list(model(torch.zeros(1, *input_shape, device=batches.device)).shape)
-    except (RuntimeError, ValueError, TypeError, IndexError) as error:
-        raise RequestError(f"model {name} does not take images {list(input_shape)}: {one_line(error)}") from error
-    if shape != [1, num_classes]:
-        raise RequestError(f"model {name} gives {shape} for one image; expected [1, {num_classes}], a logit a class")
-    last = batches.num_samples % batches.batch_size or batches.batch_size
-    if last == 1 and any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
-        raise RequestError(
-            f"batch_size={batches.batch_size}: the last batch of {batches.num_samples} samples would hold one, "
-            f"and the batch normalisation of {name} needs two; take drop_last=true or another batch_size"
-        )
+def summarise(progress: Progress, about: dict[str, Any], test_loss: float, test_accuracy: float) -> dict[str, Any]:
+    """What summary.json says: the results of the best epoch, and what a repetition needs to know."""
+    return {
+        "test_accuracy": test_accuracy,
+        "test_loss": test_loss,
+        "best_epoch": progress.best["epoch"],
+        "val_accuracy": progress.best["val_accuracy"],
+        "val_loss": progress.best["val_loss"],
+        "epochs": len(progress.history),
+        "seconds": round(sum(row["seconds"] for row in progress.history), 3),
+        "seed": about["config"]["seed"],
+        "data": about["data"],
+        **about["environment"],
+    }
 
 
 def describe(

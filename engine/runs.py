@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 import time
+import traceback
 import zipfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -162,10 +163,13 @@ def close(directory: Path) -> None:
 def abandon(error: BaseException) -> None:
     """Close what this process has open of a run that did not come to its end, and note why in its end.json.
 
-    After a wrong request nothing stays: a directory that this process made is taken away.
+    After a wrong request nothing stays: a directory that this process made is taken away. The traceback of what is more
+    than a line for the user goes to train.log.
     """
     stopped = isinstance(error, (Interrupted, KeyboardInterrupt))
     end = {"state": "stopped" if stopped else "failed", "reason": one_line(error)}
+    if not (isinstance(error, RunError) and error.__cause__ is None):
+        log.debug("".join(traceback.format_exception(error)))
     for directory in list(_locks):
         refused = isinstance(error, RequestError) and directory in _made
         if not refused:

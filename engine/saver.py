@@ -21,11 +21,13 @@ import numpy as np
 import torch
 
 from engine import checkpoint
-from engine.errors import Interrupted, RequestError, RunError, one_line
+from engine.config import build
+from engine.errors import Interrupted, RequestError, RunError, one_line, out_of_memory
 from engine.metrics import Tally
 from engine.runs import log
 
 Item = TypeVar("Item")
+TRY = "try a lower learning rate (optimizer.lr), or clip_grad_norm=1"
 
 
 class Part(Protocol):
@@ -127,10 +129,19 @@ class RandomStates:
         np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), *rest))
         version, internal, gauss = state["python"]
         random.setstate((version, tuple(internal), gauss))
-        if "cuda" in state and torch.cuda.device_count() == len(state["cuda"]):
-            torch.cuda.set_rng_state_all(state["cuda"])
+        saved, here = state.get("cuda", []), torch.cuda.device_count()
+        for number, of_device in enumerate(saved[:here]):
+            torch.cuda.set_rng_state(of_device, number)
         if "mps" in state and torch.backends.mps.is_available():
             torch.mps.set_rng_state(state["mps"])
+        absent = [f"cuda:{i}" for i in range(here, len(saved))]
+        new = [f"cuda:{i}" for i in range(len(saved), here)]
+        if ("mps" in state) != torch.backends.mps.is_available():
+            (absent if "mps" in state else new).append("mps")
+        said = [f"{', '.join(absent)}, not in this machine"] if absent else []
+        said += [f"{', '.join(new)}, not saved"] if new else []
+        if said:
+            log.info(f"warning  random states not restored: those of {', and of '.join(said)}; dropout may differ")
 
 
 class Saver:
@@ -166,9 +177,18 @@ class Saver:
             self._handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """Put the signals' handlers back; that memory ran out is told in one line.
+
+        Raises:
+            RunError: it did, with the batch size to try.
+        """
         for number, handler in getattr(self, "_handlers", {}).items():
             signal.signal(number, handler)
+        said = error and out_of_memory(error, self.about["config"]["batch_size"])
+        if said:
+            where = f"epoch {self.progress.epoch}, step {self.progress.batch + 1}"
+            raise RunError(f"{where}: {said}; {self._last_good()}") from error
 
     def _on_signal(self, number: int, frame: object) -> None:
         if self.signal is not None:  # a second time: leave at once; last.pt is whole at every moment
@@ -208,23 +228,39 @@ class Saver:
         )
 
     def check(self, val_loss: float | None = None) -> None:
-        """Stop at a loss or a weight that is not a finite number.
+        """Stop at a loss, a weight or a learning rate that is not a finite number.
 
         Raises:
             RunError: naming the epoch and step where it first appeared, and the last good checkpoint.
         """
         bad = self.tally.first_bad_step()
         weights = self.parts["model"].state_dict().values()
-        if bad is None and math.isfinite(val_loss or 0.0) and all(_finite(tensor) for tensor in weights):
-            return
-        epoch, step = self.progress.epoch, self.progress.batch if bad is None else bad + 1
-        what = "the loss" if bad is not None else "the validation loss" if val_loss is not None else "a weight"
+        optimizer: torch.optim.Optimizer = self.parts["optimizer"]  # type: ignore[assignment]
+        found = {
+            "the loss": bad is not None,
+            "the learning rate": not all(math.isfinite(group["lr"]) for group in optimizer.param_groups),
+            "a weight": not all(_finite(tensor) for tensor in weights),
+            "the validation loss": not math.isfinite(val_loss or 0.0),
+        }
+        what = next((name for name, is_bad in found.items() if is_bad), None)
+        if what is not None:
+            step = self.progress.batch if bad is None else bad + 1
+            raise RunError(
+                f"{what} is not a finite number any more, first in epoch {self.progress.epoch}, step {step}; "
+                f"{self._last_good()}; {TRY}"
+            )
+
+    def check_result(self, test_loss: float) -> None:
+        """Stop at a test loss that is not a finite number, though all weights are."""
+        if not math.isfinite(test_loss):
+            raise RunError(
+                f"the test loss is not a finite number, with the weights of epoch {self.progress.best['epoch']} in "
+                f"{self.directory / 'best.pt'}; {TRY}"
+            )
+
+    def _last_good(self) -> str:
         last = self.directory / "last.pt"
-        good = f"the last good checkpoint is {last}" if last.exists() else "no checkpoint was saved yet"
-        raise RunError(
-            f"{what} is not a finite number any more, first in epoch {epoch}, step {step}; {good}; "
-            "try a lower learning rate (optimizer.lr), or clip_grad_norm=1"
-        )
+        return f"the last good checkpoint is {last}" if last.exists() else "no checkpoint was saved yet"
 
     def save_epoch(self, best: bool) -> None:
         """Write last.pt at the end of an epoch that `check` found good; before it best.pt, which it names the epoch of.
@@ -249,11 +285,13 @@ class Saver:
         checkpoint.write(last, state, keep=self.directory / "previous.pt")
         self._saved = time.monotonic()
 
-    def restore(self, changed: list[str]) -> None:
+    def restore(self, changed: list[str], steps_per_epoch: int) -> None:
         """Put every part where last.pt left it, or the one before it if that is damaged.
 
         Args:
-            changed: settings that the user changed knowingly; the epoch in progress then starts anew, with them.
+            changed: settings that the user changed knowingly. The epoch in progress then begins again, with them and
+                with the weights as they are; those from its beginning are not kept.
+            steps_per_epoch: of this run; the saved one may have had another number.
 
         Raises:
             RequestError: neither file can be used, or the data is not what the run was started with.
@@ -268,21 +306,38 @@ class Saver:
             log.info(f"{error}: going on from {previous}, the one before")
             saved = checkpoint.read(previous)
         self._compare(saved, changed)
+        try:
+            self._load(saved, changed, steps_per_epoch)
+        except (KeyError, ValueError, TypeError, RuntimeError, AttributeError, IndexError) as error:
+            if said := out_of_memory(error, self.about["config"]["batch_size"]):
+                raise RunError(f"{last}: {said}") from error
+            raise RequestError(f"{last}: does not fit this run ({one_line(error)})") from error
+        if changed:
+            steps = saved["progress"]["batch"]
+            again = f" begins again from its first sample, with the weights of step {steps}" if steps else " is next"
+            log.info(f"changed  {', '.join(changed)}; epoch {self.progress.epoch}{again}")
+        log.info(f"resumed  in epoch {self.progress.epoch}, after {self.progress.batch} steps")
+
+    def _load(self, saved: dict[str, Any], changed: list[str], steps_per_epoch: int) -> None:
         optimizer: torch.optim.Optimizer = self.parts["optimizer"]  # type: ignore[assignment]
         asked = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-        try:
-            for name, part in self.parts.items():
-                part.load_state_dict(saved[name])
-                if name == "optimizer" and changed:  # its state_dict brings the old settings back
-                    for group, settings in zip(optimizer.param_groups, asked, strict=True):
-                        group.update(settings)
-        except (KeyError, ValueError, TypeError, RuntimeError, AttributeError, IndexError) as error:
-            raise RequestError(f"{last}: does not fit this run ({one_line(error)})") from None
+        new_curve = bool(changed) or saved["config"]["epochs"] != self.about["config"]["epochs"]
+        for name, part in self.parts.items():
+            if name == "scheduler" and new_curve:
+                continue
+            if name == "optimizer" and changed and not _fits(self.about["config"]["optimizer"], saved[name]):
+                log.info(f"changed  {type(optimizer).__name__} begins without averages: those saved are another kind's")
+                continue
+            part.load_state_dict(saved[name])
+        steps = saved["scheduler"]["steps"]
         if changed:
-            log.info(f"changed  {', '.join(changed)}; epoch {self.progress.epoch} starts anew")
-            self.progress.batch = 0
+            self.progress.batch, steps = 0, (self.progress.epoch - 1) * steps_per_epoch
             self.tally.reset()
-        log.info(f"resumed  in epoch {self.progress.epoch}, after {self.progress.batch} steps")
+        if new_curve and self.progress.epoch <= self.about["config"]["epochs"]:
+            # The schedule is led along its curve from the beginning, in the steps of this run.
+            for group, settings in zip(optimizer.param_groups, asked, strict=True):
+                group.update(settings)
+            self.parts["scheduler"].start(steps)  # type: ignore[attr-defined]
 
     def _compare(self, saved: dict[str, Any], changed: list[str]) -> None:
         if saved["data"] != self.about["data"] and not changed:
@@ -297,5 +352,23 @@ class Saver:
             log.info(f"warning  {', '.join(other)} since the run was saved: the last bits may come out differently")
 
 
+def state_names(optimizer: dict[str, Any]) -> set[str]:
+    """What an optimizer of these settings keeps of each parameter, `{"momentum_buffer"}` for instance; it makes a step.
+
+    Whatever the optimizer raises comes through.
+    """
+    parameter = torch.nn.Parameter(torch.zeros(2, 2))
+    parameter.grad = torch.ones(2, 2)
+    small = build(optimizer, "optimizer", [parameter])
+    small.step()
+    return set(small.state[parameter])
+
+
+def _fits(optimizer: dict[str, Any], saved: dict[str, Any]) -> bool:
+    """Whether an optimizer of these settings finds what it needs in a saved state, which may be another kind's."""
+    kept = {name for state in saved["state"].values() for name in state}
+    return not kept or state_names(optimizer) <= kept
+
+
 def _finite(tensor: torch.Tensor) -> bool:
-    return not tensor.is_floating_point() or bool(tensor.isfinite().all())
+    return not (tensor.is_floating_point() or tensor.is_complex()) or bool(tensor.isfinite().all())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -32,14 +33,18 @@ class Schedule:
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
 
+    def start(self, steps: int) -> None:
+        """Be where so many steps of this run lead to."""
+        self.steps = steps
+        self._set()
+
     def state_dict(self) -> dict[str, Any]:
         """The number of steps is all there is to know."""
         return {"steps": self.steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state_dict()`, along this run's curve, which may be longer than the one it was saved on."""
-        self.steps = state["steps"]
-        self._set()
+        self.start(state["steps"])
 
 
 def constant(optimizer: Optimizer, total_steps: int, steps_per_epoch: int, warmup_epochs: float = 0) -> Schedule:
@@ -67,7 +72,12 @@ def cosine(
 
 
 class EveryEpoch:
-    """One of torch's schedulers that count epochs, stepped where the epoch ends though it is called at every step."""
+    """One of torch's schedulers that count epochs, stepped where the epoch ends though it is called at every step.
+
+    Args:
+        scheduler: has step(), state_dict() and load_state_dict().
+        steps_per_epoch: 1 for a scheduler that counts steps itself.
+    """
 
     def __init__(self, scheduler: Any, steps_per_epoch: int) -> None:
         self.scheduler, self.steps_per_epoch, self.steps = scheduler, steps_per_epoch, 0
@@ -77,6 +87,17 @@ class EveryEpoch:
         self.steps += 1
         if self.steps % self.steps_per_epoch == 0:
             self.scheduler.step()
+
+    def start(self, steps: int) -> None:
+        """From the beginning, with the optimizer's own learning rate, to where so many steps of this run lead to.
+
+        A scheduler may compute a rate from the one before, so it takes every step.
+        """
+        self.steps = steps
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")  # before the optimizer's
+            for _ in range(steps // self.steps_per_epoch):
+                self.scheduler.step()
 
     def state_dict(self) -> dict[str, Any]:
         """The scheduler's own, and the step."""
@@ -103,6 +124,6 @@ def build_schedule(settings: dict[str, Any], optimizer: Optimizer, epochs: int, 
     schedule = build(
         settings, "scheduler", optimizer, target=target, total_steps=total, steps_per_epoch=steps_per_epoch
     )
-    if "total_steps" in inspect.signature(target).parameters:
+    if isinstance(schedule, Schedule):
         return schedule
-    return EveryEpoch(schedule, steps_per_epoch)
+    return EveryEpoch(schedule, 1 if "total_steps" in inspect.signature(target).parameters else steps_per_epoch)

@@ -10,12 +10,14 @@ import importlib.util
 import json
 import logging
 import os
+import re
 import time
 import uuid
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
+from engine import files
 from engine.errors import RequestError, one_line
 
 log = logging.getLogger("run")
@@ -131,18 +133,24 @@ def _results(summary: dict[str, Any] | None) -> dict[str, float]:
 def _remembered(directory: Path, name: str, new: Callable[[], str]) -> tuple[str, bool]:
     """The identity that a tracker gave this run, so that a resumed run goes on in the same record.
 
+    One that cannot be read, or is none, is made anew.
+
     Returns:
         the identity, and whether it is there from before.
     """
     file = directory / "trackers.json"
-    known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    known = {
+        key: value
+        for key, value in files.read_json(file).items()
+        if isinstance(value, str) and re.fullmatch(r"[A-Za-z0-9_-]{1,64}", value)  # it becomes part of file names
+    }
     if name in known:
-        return str(known[name]), True
+        return known[name], True
+    if file.exists() and not known:
+        log.info(f"tracker  {name} begins a new record: {file} is damaged and does not name the one before")
     known[name] = new()
-    temporary = file.with_suffix(".new")
-    temporary.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, file)
-    return str(known[name]), False
+    files.write_json(file, known)
+    return known[name], False
 
 
 def _run_name(directory: Path) -> str:

@@ -53,11 +53,26 @@ def test_a_command_of_the_readme_composes(call: Call, command: str) -> None:
 
 
 def test_the_set_up_commands() -> None:
-    """What .ci/run runs as printed."""
-    commands = re.findall(r"^python -m pip install .*$", README, re.MULTILINE)
-    assert [command.rpartition("&& ")[2] for command in commands] == ["python train.py", "python -m pytest"]
+    """What .ci/run runs as printed: each is all that a fresh machine needs."""
+    commands = re.findall(r"^python3 -m venv .*$", README, re.MULTILINE)
+    for command, install, end in zip(
+        commands, (".", "'.[test]'"), ("python train.py", "python -m pytest"), strict=True
+    ):
+        assert command == (
+            "python3 -m venv .venv && . .venv/bin/activate && "
+            f"python -m pip install -c constraints.txt {install} && {end}"
+        )
     script = (ROOT / ".ci" / "run").read_text()
-    assert "README.md" in script and os.access(ROOT / ".ci" / "run", os.X_OK)
+    assert "grep '^python3 -m venv ' README.md" in script and os.access(ROOT / ".ci" / "run", os.X_OK)
+    assert ".venv/" in (ROOT / ".gitignore").read_text().splitlines()
+
+
+def test_the_versions_of_python_are_stated_once_and_the_same() -> None:
+    required = re.search(
+        r'^requires-python = ">=3\.(\d+),<3\.(\d+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE
+    )
+    assert required is not None
+    assert f"Python 3.{required[1]} to 3.{int(required[2]) - 1} on Linux or macOS" in README
 
 
 def test_files_that_are_named_exist() -> None:

@@ -1,7 +1,8 @@
-"""Adding is dropping in: the README's model and dataset, put into a copy of the tree, train without another change."""
+"""Adding is dropping in: what the README shows, put into a copy of the tree, trains without another change."""
 
 from __future__ import annotations
 
+import csv
 import re
 import shutil
 from pathlib import Path
@@ -15,7 +16,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 def block(file: str) -> str:
     """The code block of the README that follows the name of `file`."""
-    after = README.partition("\n## Add a ")[2].partition(f"`{file}`")[2]
+    after = README.partition("\n## Add a model")[2].partition(f"`{file}`")[2]
     found = re.search(r"```\w+\n(.*?)```", after, re.DOTALL)
     assert found, f"README.md shows no {file}"
     return found[1]
@@ -61,3 +62,21 @@ def test_a_model_and_a_dataset_are_dropped_in(tree: Path, process: Call) -> None
         "model.width=0: expected an integer >= 1"
     )
     assert "did you mean two_layers?" in process("train", "model=two_layer", root=tree).error
+
+
+def test_an_optimizer_a_schedule_and_a_loss_are_dropped_in(tree: Path, process: Call) -> None:
+    files = ("configs/optimizer/nadam.yaml", "configs/scheduler/step.yaml", "losses.py", "configs/criterion/focal.yaml")
+    for file in files:
+        (tree / file).write_text(block(file))
+    command = re.search(r"`python train.py (optimizer=nadam .*?)`", README)
+    assert command is not None
+    arguments = (*command[1].split(), "scheduler.step_size=2", "epochs=4", "name=run")
+    answer = process("train", *arguments, root=tree, cwd=tree)
+    assert answer.code == 0, answer.err
+    with (tree / "checkpoints/run/metrics.csv").open() as file:
+        rates = [float(row["lr"]) for row in csv.DictReader(file)]
+    assert rates == pytest.approx([2e-3, 2e-3, 2e-4, 2e-4])
+    assert float(re.findall(r"test +accuracy ([\d.]+)%", answer.out)[0]) > 80
+    assert process("train", "criterion=focal", "criterion.gamma=-1", root=tree).error == (
+        "criterion.gamma=-1: expected a number >= 0"
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import random
 import shutil
@@ -15,7 +16,10 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import Call
 from processes import run, start
+
+from engine.saver import Progress, RandomStates, Saver
 
 RECIPES = {
     "mlp, momentum, dropout": ["model.dropout=0.3", "epochs=4"],
@@ -317,3 +321,142 @@ def test_a_full_and_a_read_only_file_system(tmp_path: Path) -> None:
             assert "Read-only file system" in refused.err and refused.err.count("\n") == 1
     finally:
         subprocess.run(["umount", disk], check=True)
+
+
+def stop_in(monkeypatch: pytest.MonkeyPatch, epoch: int, batch: int) -> None:
+    """Let runs in this process be told to stop after a step."""
+    after_step = Saver.after_step
+
+    def stop(self: Saver) -> None:
+        self.signal = signal.SIGTERM if (self.progress.epoch, self.progress.batch) == (epoch, batch) else self.signal
+        after_step(self)
+
+    monkeypatch.setattr(Saver, "after_step", stop)
+
+
+SCHEDULERS = {  # of a user's own, in a folder of YAML files
+    "halves": "_target_: torch.optim.lr_scheduler.StepLR\nstep_size: 1\ngamma: 0.5\n",
+    "cycle": "_target_: torch.optim.lr_scheduler.OneCycleLR\nmax_lr: 0.1\nanneal_strategy: linear\npct_start: 0.5\n"
+    "div_factor: 10\ncycle_momentum: false\n",
+}
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> str:
+    """`--config-dir` of a folder with these schedulers."""
+    (tmp_path / "own" / "scheduler").mkdir(parents=True)
+    for name, text in SCHEDULERS.items():
+        (tmp_path / "own" / "scheduler" / f"{name}.yaml").write_text(text)
+    return "--config-dir=own"
+
+
+COSINE = [0.05 * (1 + math.cos(math.pi * epoch / 4)) / 2 for epoch in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "change", "rates", "final"),
+    [
+        ("cosine", "batch_size=16", COSINE, 0.0),  # 4 steps an epoch become 10
+        ("cosine", "limit_batches=2", COSINE, 0.0),
+        ("cosine", "drop_last=true", COSINE, 0.0),  # 3 steps
+        ("halves", "batch_size=16", [0.05, 0.025, 0.0125, 0.00625], 0.003125),
+        ("halves", "scheduler.gamma=0.2", [0.05, 0.01, 0.002, 0.0004], 0.00008),
+        # Linear from 0.01 to 0.1 in steps 0 to 19 of 40, then to 1e-6 in step 39.
+        ("cycle", "batch_size=16", [0.01, None, 0.1 - (0.1 - 1e-6) / 20, 0.1 - (0.1 - 1e-6) * 11 / 20], None),
+    ],
+)
+def test_a_schedule_goes_on_at_the_same_place_in_epochs(
+    call: Call,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    own: str,
+    scheduler: str,
+    change: str,
+    rates: Any,
+    final: Any,
+) -> None:
+    small = [own, f"scheduler={scheduler}", "dataset.limit=160", "model.hidden=[4]", "name=run"]
+    stop_in(monkeypatch, epoch=2, batch=3)
+    assert call("train", *small, "epochs=4", "batch_size=48").code == 143
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    answer = call("train", "resume=checkpoints/run", change, "resume_changed=true", own)
+    assert answer.code == 0, answer.err
+    assert "epoch 2 begins again from its first sample, with the weights of step 3" in answer.out
+    rows = list(csv.DictReader((tmp_path / "checkpoints/run/metrics.csv").open()))
+    for row, rate in zip(rows, rates, strict=True):
+        assert rate is None or float(row["lr"]) == pytest.approx(rate, abs=1e-6)
+    last = torch.load(tmp_path / "checkpoints/run/last.pt", weights_only=True)["optimizer"]["param_groups"][0]["lr"]
+    assert final is None or last == pytest.approx(final, abs=1e-9)
+
+
+def test_more_epochs_lengthen_a_schedule_of_torchs_that_counts_steps(call: Call, tmp_path: Path, own: str) -> None:
+    small = ("dataset.limit=64", "batch_size=32", "model.hidden=[4]", "name=run")
+    assert call("train", own, "scheduler=cycle", *small, "epochs=2").code == 0
+    answer = call("train", "resume=latest", "epochs=4", own)
+    assert answer.code == 0, answer.err
+    rows = [float(row["lr"]) for row in csv.DictReader((tmp_path / "checkpoints/run/metrics.csv").open())]
+    # Of 8 steps: 0.01, 0.04, 0.07, 0.1 and down to 1e-6 in four; epochs 3 and 4 begin with steps 4 and 6.
+    assert rows[2:] == pytest.approx([0.075, 0.025], abs=1e-4)
+    assert call("train", "resume=latest", "epochs=3", own).code == 0  # nothing left to do
+
+
+def test_another_optimizer_does_not_take_over_what_it_cannot_use(call: Call, tmp_path: Path) -> None:
+    small = ("dataset.limit=64", "model.hidden=[4]", "name=run")
+    assert call("train", *small, "epochs=1").code == 0
+    answer = call("train", "resume=latest", "optimizer=adam", "resume_changed=true", "epochs=2")
+    assert answer.code == 0, answer.err
+    assert "Adam begins without averages" in answer.out
+    assert float(list(csv.DictReader((tmp_path / "checkpoints/run/metrics.csv").open()))[1]["lr"]) < 0.001
+
+
+def test_random_states_of_devices_that_came_or_went_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    restored: list[int] = []
+    monkeypatch.setattr("engine.saver.log.info", said.append)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, number: restored.append(number))
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    states = RandomStates()
+    state = {key: value for key, value in states.state_dict().items() if key != "cuda"}
+    for saved, here in ((2, 2), (3, 1), (0, 2), (0, 0)):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda here=here: here)
+        states.load_state_dict({**state, **({"cuda": [None] * saved} if saved else {})})
+    states.load_state_dict({**state, "mps": None})
+    assert restored == [0, 1, 0]
+    assert said == [
+        "warning  random states not restored: those of cuda:1, cuda:2, not in this machine; dropout may differ",
+        "warning  random states not restored: those of cuda:0, cuda:1, not saved; dropout may differ",
+        "warning  random states not restored: those of mps, not in this machine; dropout may differ",
+    ]
+
+
+def test_the_best_epoch_and_the_count_since_it_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Accuracy counts, then the loss, then who came first; the state may be saved and restored in between."""
+    from train import stop_early
+
+    monkeypatch.setattr("train.log.info", lambda _: None)
+    #        accuracy, loss, best epoch, epochs since
+    epochs = [
+        (0.50, 1.00, 1, 0),
+        (0.40, 0.10, 1, 1),
+        (0.50, 0.90, 3, 0),
+        (0.50, 0.90, 3, 1),
+        (0.50, 0.95, 3, 2),
+        (0.49, 0.01, 3, 3),
+        (0.51, 9.00, 7, 0),
+    ]
+    progress = Progress()
+    for number, (accuracy, loss, best, since) in enumerate(epochs, start=1):
+        row = {"epoch": progress.epoch, "val_accuracy": accuracy, "val_loss": loss}
+        assert progress.end_epoch(row) == (best == number)
+        assert (progress.best["epoch"], progress.epochs_since_best(), progress.epoch) == (best, since, number + 1)
+        assert [stop_early(progress, patience) for patience in (None, 1, 2, 3, 4)] == [
+            False,
+            since >= 1,
+            since >= 2,
+            since >= 3,
+            False,
+        ]
+        again = Progress()
+        again.load_state_dict(progress.state_dict())
+        progress = again

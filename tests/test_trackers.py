@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,21 @@ def test_they_are_closed_when_a_run_fails(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(ValueError), trackers.Trackers({**CONFIG, "logger": {"kind": {}}}, tmp_path):
         raise ValueError
     assert told == [None]
+
+
+@pytest.mark.parametrize("content", ["no JSON", '["wandb"]', '{"wandb": {"x": 1}}', '{"wandb": "../../up"}', "FIFO"])
+def test_a_damaged_list_of_records_begins_a_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str
+) -> None:
+    file = tmp_path / "trackers.json"
+    os.mkfifo(file) if content == "FIFO" else file.write_text(content)
+    said: list[str] = []
+    monkeypatch.setattr(trackers.log, "info", said.append)
+    assert trackers._remembered(tmp_path, "wandb", lambda: "new") == ("new", False)
+    assert trackers._remembered(tmp_path, "wandb", lambda: "newer") == ("new", True)
+    assert trackers._remembered(tmp_path, "mlflow", lambda: "other") == ("other", False)
+    assert json.loads(file.read_text()) == {"wandb": "new", "mlflow": "other"}
+    assert len(said) == 1 and "trackers.json is damaged" in said[0]
 
 
 def test_hyperparameters_are_flat_and_without_what_is_none() -> None:
