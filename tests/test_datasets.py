@@ -206,7 +206,7 @@ def test_names_in_capitals_and_folders_below_count_and_other_files_are_told(tmp_
     (tmp_path / "cat" / ".DS_Store").write_text("none")
     data = image_folder(str(tmp_path), **FOLDER)
     assert len(data.train) + len(data.test) == 16
-    assert "1 files" in (told := capsys.readouterr().out) and "notes.txt" in told
+    assert "1 file is no image" in (told := capsys.readouterr().out) and "notes.txt" in told
 
 
 @pytest.mark.parametrize(
