@@ -31,6 +31,7 @@ BEGINNINGS = {
     b"GIF8": "GIF",
     **dict.fromkeys((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), "TIFF"),
 }
+UNREADABLE = "cannot be read as an image"
 MAX_PIXELS = 64_000_000  # more in one file is taken for a decompression bomb; 8000x8000
 MOST_BEFORE = 1 << 24  # bytes of comments, profiles and the like before the pixels
 MOST_READS = 50_000  # reads of a header, beside one for every 64 bytes: millions of empty chunks take seconds
@@ -96,7 +97,7 @@ def read_image(
         raise RequestError(f"{shown(path)}: no such image file") from None
     except Exception as error:  # a damaged file can raise nearly anything
         reason = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error, 120)
-        raise RequestError(f"{shown(path)}: cannot be read as an image ({reason}); replace or remove it") from None
+        raise RequestError(f"{shown(path)}: {UNREADABLE} ({reason}); replace or remove it") from None
     return pixels.unsqueeze(0) if channels == 1 else pixels.permute(2, 0, 1)
 
 
