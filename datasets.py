@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from engine.annotations import check_labels, cut, is_number, labels_of, number_of, read_annotations
+from engine.annotations import check_labels, count_classes, is_number, labels_of, read_annotations
 from engine.errors import RequestError, one_line, printable
 from engine.files import open_regular, read_bytes
 from engine.folders import Walk, class_folders, compare_classes, one_class, part_folders, some
@@ -427,15 +427,9 @@ def csv_images(
     else:
         check_labels(rows, annotations_file)
         names = sorted({label for _, _, label in rows})
-    if numbers and not classes:
-        names = [str(n) for n in range(1 + min(10**6, max(number_of(label) for _, _, label in rows)))]
+        if numbers:
+            names = [str(n) for n in range(count_classes(rows, annotations_file))]
     present = set(labels_of(rows, names, numbers, annotations_file))
-    if len(names) > 10 * len(present) + 10:
-        row, _, text = max(rows, key=lambda row: number_of(row[2]) if numbers else 0)
-        raise RequestError(
-            f"{shown(annotations_file)}, row {row}: label {cut(text)} would make {len(names):,} classes, but only "
-            f"{len(present)} labels occur; number the classes from 0, or write names"
-        )
     if empty := [printable(name) for label, name in enumerate(names) if label not in present]:
         what = "1 class" if len(empty) == 1 else f"{len(empty):,} classes"
         print(f"{shown(annotations_file)} has no image of {what} ({some(empty)})", flush=True)

@@ -87,6 +87,25 @@ def check_labels(rows: list[tuple[int, str, str]], file: str) -> None:
     )
 
 
+def count_classes(rows: list[tuple[int, str, str]], file: str) -> int:
+    """How many classes labels that are numbers stand for.
+
+    Raises:
+        RequestError: a number below 0, or one that would leave most classes empty.
+    """
+    occur = {number_of(label) for _, _, label in rows}
+    for row, _, text in rows:
+        label = number_of(text)
+        if label < 0 or label >= 10 * len(occur) + 10:
+            would = (
+                f"would make {label + 1:,} classes, but only {len(occur)} labels occur" if label > 0 else "is below 0"
+            )
+            raise RequestError(
+                f"{shown(file)}, row {row}: label {cut(text)} {would}; number the classes from 0, or write names"
+            )
+    return max(occur) + 1
+
+
 def cut(text: str) -> str:
     """A cell as messages have it."""
     text = printable(text)

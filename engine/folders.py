@@ -168,8 +168,11 @@ class Walk:
             for path in self._below(folder):
                 yield path, label
             if path is None:
+                why = f"looked for {', '.join(EXTENSIONS)}"
+                if links := [link for link in self.not_followed if link == folder or link.startswith(folder + os.sep)]:
+                    why = f"the folder that {shown(links[0])} leads to is a part of this data set already"
                 raise RequestError(
-                    f"{shown(folder)}: no image in this class folder (looked for {', '.join(EXTENSIONS)}); "
+                    f"{shown(folder)}: no image in this class folder ({why}); "
                     "add some, or remove the folder and with it the class"
                 )
 
@@ -209,10 +212,11 @@ class Walk:
     def tell(self, top: Path) -> None:
         """Print what was left out."""
         if count := len(self.not_followed):
-            what = "1 link to a folder leads" if count == 1 else f"{count:,} links to folders lead"
+            what = "1 link to a folder" if count == 1 else f"{count:,} links to folders"
+            which = "" if count == 1 else "the first is "
             print(
-                f"{what} back into the data set and {'is' if count == 1 else 'are'} not followed "
-                f"({'' if count == 1 else 'the first is '}{shown(self.not_followed[0])})",
+                f"{what} of this data set {'is' if count == 1 else 'are'} not followed: each folder is read once "
+                f"({which}{shown(self.not_followed[0])})",
                 flush=True,
             )
         if count := len(self.others):

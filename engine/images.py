@@ -50,7 +50,7 @@ warnings.filterwarnings("ignore", message="The given NumPy array is not writable
 def shown(path: str | os.PathLike[str]) -> str:
     """A path as messages have it: safe to print, and of a very long one the beginning and the end."""
     text = printable(os.fspath(path))
-    return text if len(text) <= 300 else f"{text[:150]}...{text[-147:]}"
+    return text if len(text) <= 200 else f"{text[:100]}...{text[-97:]}"
 
 
 def read_image(

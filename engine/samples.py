@@ -75,7 +75,7 @@ def _all_unreadable(splits: dict[str, Split], error: RunError) -> RunError:
     if number < 2:
         return error
     parts = ", ".join(f"{count:,} of {name}" for name, count in counts.items() if count)
-    return RequestError(f"{number:,} images cannot be read ({parts}); the first: {error}")
+    return type(error)(f"{number:,} images cannot be read ({parts}); the first: {error}")
 
 
 def _can_be_read(files: datasets.ImageFiles, row: int) -> bool:
