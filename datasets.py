@@ -13,29 +13,33 @@ from engine.cli import launch
 if __name__ == "__main__":
     launch("datasets")  # answers help, completion and typos, and only then imports torch and calls main() below
 
-import csv
 import gzip
+import io
 import math
 import os
 import pickle
+import pickletools
 import shutil
 import socket
 import tempfile
-import warnings
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from engine.errors import RequestError, one_line
+from engine.annotations import check_labels, count_classes, is_number, labels_of, read_annotations
+from engine.errors import RequestError, one_line, printable
+from engine.files import open_regular, read_bytes
+from engine.folders import Walk, class_folders, compare_classes, one_class, part_folders, some
+from engine.images import MAX_PIXELS, read_image, shown
+from engine.shares import hold_out
 
 Part = tuple[Tensor, Tensor] | Dataset  # (images uint8 [n, channels, height, width], labels int64 [n]), or any Dataset
 
@@ -50,15 +54,18 @@ class ImageData:
             1), its labels class indices or probabilities `[num_classes]`. The labels of a map-style one are in
             `.targets` where they can be had without reading the samples; validation is then held out class by class.
         classes: the class names; label `i` means `classes[i]`.
+            A name stands for one class, and there are at least two of them.
         sampler: for an order of training samples other than a shuffle: called every epoch with the indices of the
             training samples (int64 `[n]`, without those held out for validation), returns a `torch` Sampler or any
             iterable with a length, of places in that list: `lambda i: WeightedRandomSampler(weights[i], 1000)`.
+        val: samples for validation; None has a share of `train` held out, `dataset.val_fraction`.
     """
 
     train: Part
     test: Part
     classes: Sequence[str]
     sampler: Callable[[Tensor], Iterable[int]] | None = None
+    val: Part | None = None
 
 
 def main(config: dict[str, Any]) -> None:
@@ -133,30 +140,40 @@ def _mnist_family(name: str, root: str, classes: list[str], also: Path | None = 
     )
 
 
+MOST_BYTES = 1 << 29  # of images in an IDX file; the largest of these data sets has 47 million
+
+
 def read_idx(path: Path) -> Tensor:
     """An IDX file of bytes, plain or gzipped, as a uint8 tensor of the shape in its header.
 
     Format: the end of http://yann.lecun.com/exdb/mnist/ (magic 0 0 8 ndim, then ndim big-endian sizes, then the data).
+    Not more is read, or decompressed, than the header says.
 
     Raises:
         RequestError: the file is damaged or of another format.
     """
     remedy = "delete it and run again" if path.is_relative_to(Path.cwd()) or not path.is_absolute() else "replace it"
     try:
-        content = path.read_bytes()
-        if path.suffix == ".gz":
-            content = gzip.decompress(content)
+        with open_regular(path) as raw, gzip.open(raw) if path.suffix == ".gz" else raw as file:
+            magic = file.read(4)
+            dimensions = magic[3] if len(magic) == 4 else 0
+            sizes = file.read(4 * dimensions)
+            if magic[:3] != b"\0\0\x08" or not 1 <= dimensions <= 4 or len(sizes) < 4 * dimensions:
+                raise RequestError(f"{shown(path)}: not an IDX file of bytes; {remedy}")
+            shape = [int.from_bytes(sizes[i : i + 4], "big") for i in range(0, len(sizes), 4)]
+            count = math.prod(shape)
+            if count > MOST_BYTES:
+                raise RequestError(f"{shown(path)}: its header says shape {shape}, {count:,} bytes; {remedy}")
+            data = bytearray(file.read(count))
+            more = file.read(1)  # also makes gzip compare its checksum
     except (OSError, EOFError, zlib.error) as error:
-        raise RequestError(f"{path}: cannot be read ({one_line(error)}); {remedy}") from None
-    dimensions = content[3] if len(content) >= 4 else 0
-    start = 4 + 4 * dimensions
-    if content[:3] != b"\0\0\x08" or len(content) < start:
-        raise RequestError(f"{path}: not an IDX file of bytes; {remedy}")
-    shape = [int.from_bytes(content[i : i + 4], "big") for i in range(4, start, 4)]
-    if len(content) - start != math.prod(shape):
-        expected = f"expected {math.prod(shape)} bytes of data for shape {shape}, found {len(content) - start}"
-        raise RequestError(f"{path}: damaged: {expected}; {remedy}")
-    return torch.frombuffer(bytearray(content[start:]), dtype=torch.uint8).view(shape)
+        raise RequestError(f"{shown(path)}: cannot be read ({one_line(error)}); {remedy}") from None
+    if len(data) != count or more:
+        found = f"found {'more' if more else len(data)}"
+        raise RequestError(
+            f"{shown(path)}: damaged: expected {count} bytes of data for shape {shape}, {found}; {remedy}"
+        )
+    return torch.frombuffer(data, dtype=torch.uint8).view(shape) if data else torch.zeros(shape, dtype=torch.uint8)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -183,46 +200,79 @@ def _cifar(name: str, root: str, folder: str, train: list[str], test: str, key: 
 
     def read(file: str) -> tuple[Tensor, Tensor]:
         batch = _read_pickle(directory / file)
-        try:
-            images = torch.from_numpy(np.ascontiguousarray(batch["data"], dtype=np.uint8)).view(-1, 3, 32, 32)
-            labels = torch.tensor(batch[key], dtype=torch.int64)
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        images: Any = batch.get("data")
+        labels: Any = batch.get(key)
+        if not isinstance(images, _Bytes) or len(images.content) % 3072 or not _is_list_of(int, labels):
             raise RequestError(
-                f"{directory / file}: not a CIFAR batch ({one_line(error)}); delete it and run again"
-            ) from None
-        if len(images) != len(labels):
-            raise RequestError(
-                f"{directory / file}: {len(images)} images, but {len(labels)} labels; delete it and run again"
+                f"{shown(directory / file)}: not a CIFAR batch; expected data, bytes [n, 3072], and {key}, a list of "
+                "numbers; delete it and run again"
             )
-        return images, labels
+        count = len(images.content) // 3072
+        if count != len(labels) or not all(0 <= label < 256 for label in labels):
+            raise RequestError(
+                f"{shown(directory / file)}: {count} images, but {len(labels)} labels, or some beyond 255; "
+                "delete it and run again"
+            )
+        pixels = torch.frombuffer(bytearray(images.content), dtype=torch.uint8) if count else torch.zeros(0).byte()
+        return pixels.view(-1, 3, 32, 32), torch.tensor(labels, dtype=torch.int64)
 
     parts = [read(file) for file in train]
-    names = _read_pickle(directory / meta).get("label_names" if name == "CIFAR10" else "fine_label_names", [])
+    names: Any = _read_pickle(directory / meta).get("label_names" if name == "CIFAR10" else "fine_label_names")
+    if not _is_list_of(str, names):
+        raise RequestError(f"{shown(directory / meta)}: names no classes; delete it and run again")
     images, labels = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-    return ImageData((images, labels), read(test), [str(n) for n in names])
+    return ImageData((images, labels), read(test), names)
+
+
+def _is_list_of(kind: type, found: Any) -> bool:
+    return isinstance(found, list) and all(type(entry) is kind for entry in found)
+
+
+class _Bytes:
+    """Stands for an array of NumPy, and for its type, while a pickle is read: the bytes, and nothing made of them."""
+
+    content = b""
+
+    def __init__(self, *arguments: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        """(version, shape, type, whether in Fortran's order, bytes) of an array; of a type something else."""
+        if isinstance(state, tuple) and len(state) == 5:
+            content = state[4].encode("latin1") if isinstance(state[4], str) else state[4]
+            if isinstance(content, bytes) and state[3] is not True:
+                self.content = content
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """CIFAR comes as pickles, and a pickle can name anything; this one builds NumPy arrays and nothing else."""
+    """CIFAR comes as pickles, and a pickle can name anything; this one knows bytes that were an array, nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in {("numpy", "ndarray"), ("numpy", "dtype")}:
-            return getattr(np, name)
+            return _Bytes
         if module in {"numpy.core.multiarray", "numpy._core.multiarray"} and name == "_reconstruct":
-            return np.ndarray.__reduce__(np.empty(0))[0]
+            return _Bytes
         if (module, name) == ("_codecs", "encode"):
             return lambda text, encoding: text.encode("latin1")
         raise pickle.UnpicklingError(f"it names {module}.{name}, which no CIFAR file does")
 
 
+MOST_PICKLED = 1 << 28  # bytes of a pickle; CIFAR-100's training images are 155 MB
+MOST_STEPS = 1_000_000  # of a pickle, each of which may make an object; CIFAR-100 takes 200,000
+
+
 def _read_pickle(path: Path) -> dict[str, Any]:
     try:
-        with path.open("rb") as file:
-            found = _ArrayUnpickler(file, encoding="latin1").load()
+        content = read_bytes(path, MOST_PICKLED)
+        for step, (code, argument, _) in enumerate(pickletools.genops(content)):
+            # The memo is made as long as the highest number asked for.
+            if step > MOST_STEPS or (code.name.endswith("PUT") and int(argument or 0) > MOST_STEPS):
+                raise ValueError(f"more than {MOST_STEPS:,} steps")
+        found = _ArrayUnpickler(io.BytesIO(content), encoding="latin1").load()
     except Exception as error:  # a damaged pickle can raise nearly anything
-        raise RequestError(f"{path}: cannot be read ({one_line(error)}); delete it and run again") from None
+        raise RequestError(f"{shown(path)}: cannot be read ({one_line(error)}); delete it and run again") from None
     if not isinstance(found, dict):
-        raise RequestError(f"{path}: not a CIFAR file; delete it and run again")
+        raise RequestError(f"{shown(path)}: not a CIFAR file; delete it and run again")
     return found
 
 
@@ -260,78 +310,6 @@ def _download(name: str, root: str, layout: str) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # Image files
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-ORIENTATION = 0x0112  # the EXIF tag that says how the camera was held; 1 is upright
-# Of odd metadata, and of bytes that count as read-only. Once for all: for each image it would take a part of its time.
-warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
-warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-MAX_PIXELS = 64_000_000  # more in one file is taken for a decompression bomb; 8000x8000
-
-
-def read_image(
-    path: str | os.PathLike[str],
-    channels: int = 3,
-    max_pixels: int = MAX_PIXELS,
-    at_least: tuple[int, int] | None = None,
-) -> Tensor:
-    """An image file as it is meant to be seen, uint8 `[channels, height, width]`.
-
-    EXIF rotation is applied, palettes are looked up, transparency is laid on white, 16 bits are scaled to 8, of an
-    animation the first picture counts.
-
-    Args:
-        path: JPEG, PNG, WebP, BMP, GIF, TIFF, or whatever else Pillow reads.
-        channels: 1 for grey, 3 for RGB.
-        max_pixels: width times height allowed.
-        at_least: (height, width) that it will be resized to: a JPEG of at least four times these pixels a side may be
-            decoded at a half, a quarter or an eighth of its size, which saves most of the work (the decoder averages
-            within its 8x8 blocks; Pillow's `thumbnail` does the same with the same margin).
-
-    Raises:
-        RequestError: it cannot be read, or is larger than `max_pixels`.
-    """
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # ours names the size and the file
-    try:
-        with Image.open(path) as image:
-            width, height = image.size
-            if width * height > max_pixels:
-                raise RequestError(
-                    f"{path}: {width}x{height} pixels are more than the {max_pixels:,} allowed; "
-                    "make it smaller or remove it (for training, dataset.max_pixels is the limit)"
-                )
-            if at_least is not None and image.format == "JPEG":
-                side = 2 * max(at_least)  # square, as EXIF may still turn it
-                image.draft("L" if channels == 1 and image.mode == "L" else "RGB", (side, side))
-            said = image.format != "JPEG" or "exif" in image.info or "xmp" in image.info  # looking takes time
-            if said and image.getexif().get(ORIENTATION, 1) != 1:
-                ImageOps.exif_transpose(image, in_place=True)
-            pixels = torch.from_numpy(_eight_bits(image, channels))
-    except RequestError:
-        raise
-    except FileNotFoundError:
-        raise RequestError(f"{path}: no such image file") from None
-    except Exception as error:  # a damaged file can raise nearly anything
-        reason = one_line(error, 120).replace(f"'{path}'", "it")
-        raise RequestError(f"{path}: cannot be read as an image ({reason}); replace or remove it") from None
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit
-    return pixels.unsqueeze(0) if channels == 1 else pixels.permute(2, 0, 1)
-
-
-def _eight_bits(image: Image.Image, channels: int) -> np.ndarray:
-    """Pixels of a Pillow image of any mode, uint8 `[height, width]` for one channel, else `[height, width, 3]`."""
-    if image.mode in ("F", "I") or image.mode.startswith("I;16"):
-        deep = np.asarray(image)
-        if image.mode == "F" or deep.min() < 0 or deep.max() > 65535:
-            raise ValueError("its pixels are 32 bits wide and of no known range; save it with 8 or 16 bits")
-        grey = ((deep.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
-        return grey if channels == 1 else np.repeat(grey[:, :, None], 3, axis=2)
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        coloured = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), coloured)
-    mode = "L" if channels == 1 else "RGB"
-    return np.asarray(image if image.mode == mode else image.convert(mode))  # bytes that nobody else has
-
 
 class ImageFiles(Dataset):
     """Image files and their labels.
@@ -342,6 +320,7 @@ class ImageFiles(Dataset):
         channels: 1 for grey, 3 for RGB.
         max_pixels: width times height allowed.
         name: tells parts of the same folder apart, for their caches.
+        no_files: those of the paths that are known to lead to no regular file.
 
     Attributes:
         targets: int64 `[n]`, the labels.
@@ -354,10 +333,11 @@ class ImageFiles(Dataset):
         channels: int = 3,
         max_pixels: int = MAX_PIXELS,
         name: str = "",
+        no_files: Collection[str] = (),
     ) -> None:
         self.paths = np.array(paths, dtype=np.str_)  # one block: workers that touch no Python object copy no memory
         self.targets = torch.tensor(labels, dtype=torch.int64)
-        self.channels, self.max_pixels, self.name = channels, max_pixels, name
+        self.channels, self.max_pixels, self.name, self.no_files = channels, max_pixels, name, no_files
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -373,11 +353,11 @@ class ImageFiles(Dataset):
         """The samples of a mask, in their order."""
         rows = chosen.nonzero().flatten()
         paths, labels = self.paths[rows.numpy()].tolist(), self.targets[rows].tolist()
-        return ImageFiles(paths, labels, self.channels, self.max_pixels, name)
+        return ImageFiles(paths, labels, self.channels, self.max_pixels, name, self.no_files)
 
 
 def image_folder(root: str, test_fraction: float, channels: int, max_pixels: int) -> ImageData:
-    """Your own images, one folder a class: below `root`, or below `root`/train and `root`/test.
+    """Your own images, one folder a class: below `root`, or below `root`/train, `root`/test and `root`/val.
 
     Args:
         root: the folder.
@@ -388,65 +368,33 @@ def image_folder(root: str, test_fraction: float, channels: int, max_pixels: int
     top = Path(root)
     if not top.is_dir():
         raise RequestError(
-            f"dataset.root={root}: no such folder; expected one folder a class in it, or train/ and test/"
+            f"dataset.root={shown(root)}: no such folder; expected one folder a class in it, or train/ and test/"
         )
-    train_folder = top / "train" if (top / "train").is_dir() else top
-    classes = _class_folders(train_folder)
-    train = _read_class_folders(train_folder, classes, channels, max_pixels)
-    if train_folder != top and (top / "test").is_dir():
-        test_classes = _class_folders(top / "test")
-        unknown = [name for name in test_classes if name not in classes]
-        if unknown:
-            raise RequestError(f"{top / 'test' / unknown[0]}: a class without a folder in {train_folder}")
-        missing = [name for name in classes if name not in test_classes]
-        if missing:
-            print(f"no test images of {', '.join(missing)}: {top / 'test'} has no such folder", flush=True)
-        return ImageData(train, _read_class_folders(top / "test", classes, channels, max_pixels), classes)
-    return _split_off_test(train, test_fraction, classes, root)
-
-
-def _class_folders(folder: Path) -> list[str]:
-    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    if not names:
-        raise RequestError(f"{folder}: no folder in it; expected one a class, named after it")
-    return names
-
-
-def _read_class_folders(folder: Path, classes: list[str], channels: int, max_pixels: int) -> ImageFiles:
-    """The image files of every class folder, those in folders below included, sorted by name."""
-    paths: list[str] = []
-    labels: list[int] = []
-    others: list[str] = []
-    for label, name in enumerate(classes):
-        if not (folder / name).is_dir():
-            continue
-        count = len(paths)
-        for directory, below, files in os.walk(folder / name, followlinks=True):
-            below.sort()
-            for file in sorted(file for file in files if not file.startswith(".")):
-                (paths if file.lower().endswith(EXTENSIONS) else others).append(os.path.join(directory, file))
-        if len(paths) == count:
-            raise RequestError(
-                f"{folder / name}: no image in this class folder (looked for {', '.join(EXTENSIONS)}); "
-                "add some, or remove the folder and with it the class"
-            )
-        labels += [label] * (len(paths) - count)
-    if others:
-        print(f"{len(others):,} files in {folder} are no images and left out (the first is {others[0]})", flush=True)
-    return ImageFiles(paths, labels, channels, max_pixels)
+    parts = part_folders(top)
+    classes = class_folders(parts["train"])
+    if len(classes) < 2:
+        raise one_class(parts["train"], classes[0], root if parts["train"] == top else None)
+    walk = Walk(parts, classes)
+    read = {}
+    for name, folder in parts.items():
+        if name != "train":
+            compare_classes(folder, name, classes, parts["train"])
+        read[name] = ImageFiles(*walk.images(name), channels, max_pixels, no_files=walk.no_files)
+    walk.tell(top)
+    if "test" not in parts:
+        if parts["train"] != top:
+            print(f"{shown(top)} has no test/: dataset.test_fraction={test_fraction} of train/ is the test", flush=True)
+        return replace(_split_off_test(read["train"], test_fraction, classes, shown(root)), val=read.get("val"))
+    return ImageData(read["train"], read["test"], classes, val=read.get("val"))
 
 
 def _split_off_test(files: ImageFiles, fraction: float, classes: list[str], where: str) -> ImageData:
     """Keep a share of every class for the test, the same samples whatever the seed of a run."""
-    shuffled = torch.randperm(len(files), generator=torch.Generator().manual_seed(1))
-    test = torch.zeros(len(files), dtype=torch.bool)
-    for label in range(len(classes)):
-        members = shuffled[files.targets[shuffled] == label]
-        test[members[: round(fraction * len(members))]] = True
+    test = hold_out(files.targets, len(files), fraction, seed=1)
     if not test.any() or test.all():
         raise RequestError(
-            f"{where}: dataset.test_fraction={fraction} of {len(files)} images leaves {int(test.sum())} for the test "
-            f"and {int((~test).sum())} for training; change it, or add images"
+            f"{where}: dataset.test_fraction={fraction} of {len(files)} image{'s' * (len(files) != 1)} leaves "
+            f"{int(test.sum())} for the test and {int((~test).sum())} for training; change it, or add images"
         )
     return ImageData(files.part(~test, "train"), files.part(test, "test"), classes)
 
@@ -472,83 +420,27 @@ def csv_images(
         channels: 1 for grey, 3 for RGB.
         max_pixels: width times height allowed.
     """
-    rows = _read_annotations(annotations_file, img_dir)
-    numbers = all(_is_number(label) for _, _, label in rows) and not (classes and rows[0][2] in map(str, classes))
+    rows = read_annotations(annotations_file, img_dir)
+    numbers = all(is_number(label) for _, _, label in rows) and not (classes and rows[0][2] in map(str, classes))
     if classes:
         names = [str(name) for name in classes]
-    elif numbers:
-        names = [str(n) for n in range(1 + min(10**6, max(int(label) for _, _, label in rows)))]
     else:
+        check_labels(rows, annotations_file)
         names = sorted({label for _, _, label in rows})
-    present = set(_labels_of(rows, names, numbers, annotations_file))
-    if len(names) > 10 * len(present) + 10:
-        row, _, text = max(rows, key=lambda row: int(row[2]))
-        raise RequestError(
-            f"{annotations_file}, row {row}: label {text} would make {len(names):,} classes, but only "
-            f"{len(present)} labels occur; number the classes from 0, or write names"
-        )
-    if empty := [name for label, name in enumerate(names) if label not in present]:
-        print(f"{annotations_file} has no image of {len(empty)} classes ({', '.join(empty[:10])})", flush=True)
+        if numbers:
+            names = [str(n) for n in range(count_classes(rows, annotations_file))]
+    present = set(labels_of(rows, names, numbers, annotations_file))
+    if empty := [printable(name) for label, name in enumerate(names) if label not in present]:
+        what = "1 class" if len(empty) == 1 else f"{len(empty):,} classes"
+        print(f"{shown(annotations_file)} has no image of {what} ({some(empty)})", flush=True)
     train = _listed(rows, names, numbers, annotations_file, channels, max_pixels)
     if test_annotations_file is None:
         return _split_off_test(train, test_fraction, names, annotations_file)
-    test_rows = _read_annotations(test_annotations_file, img_dir)
+    test_rows = read_annotations(test_annotations_file, img_dir)
     return ImageData(train, _listed(test_rows, names, numbers, test_annotations_file, channels, max_pixels), names)
-
-
-def _read_annotations(file: str, img_dir: str) -> list[tuple[int, str, str]]:
-    """Line number, path and label of every row; the first row is a header if no file has its name, but the next has."""
-    if not Path(img_dir).is_dir():
-        raise RequestError(f"dataset.img_dir={img_dir}: no such folder")
-    try:
-        text = Path(file).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"{file}: cannot be read as a CSV file in UTF-8 ({one_line(error, 120)})") from None
-    delimiter = max(",;\t", key=text.partition("\n")[0].count)
-    reader = csv.reader(text.splitlines(), delimiter=delimiter)
-    rows: list[tuple[int, str, str]] = []
-    try:
-        for row in reader:
-            if not any(cell.strip() for cell in row):
-                continue
-            if len(row) < 2 or not row[0].strip() or not row[1].strip():
-                raise RequestError(f"{file}, row {reader.line_num}: {row}; expected a file name and a label")
-            rows.append((reader.line_num, os.path.join(img_dir, row[0].strip()), row[1].strip()))
-    except csv.Error as error:
-        raise RequestError(f"{file}, row {reader.line_num}: {one_line(error)}") from None
-    there = [os.path.isfile(path) for _, path, _ in rows[:2]]
-    if there == [False, True] or (there == [False] and not Path(rows[0][1]).suffix):
-        del rows[0]
-    if not rows:
-        raise RequestError(f"{file}: lists no image; expected rows of file name and label")
-    for number, path, _ in rows:
-        if not os.path.isfile(path):
-            raise RequestError(
-                f"{file}, row {number}: {path} is not there; correct the name, the row or dataset.img_dir"
-            )
-    return rows
-
-
-def _is_number(text: str) -> bool:
-    return text.removeprefix("-").isdecimal()
-
-
-def _labels_of(rows: list[tuple[int, str, str]], names: list[str], numbers: bool, file: str) -> list[int]:
-    place = {name: label for label, name in enumerate(names)}
-    labels = []
-    for number, _, text in rows:
-        label = (int(text) if _is_number(text) else -1) if numbers else place.get(text, -1)
-        if not 0 <= label < len(names):
-            some = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
-            expected = f"0 to {len(names) - 1}" if numbers else f"one of {some}"
-            raise RequestError(
-                f"{file}, row {number}: label {text!r}; expected {expected}, as there are {len(names)} classes"
-            )
-        labels.append(label)
-    return labels
 
 
 def _listed(
     rows: list[tuple[int, str, str]], names: list[str], numbers: bool, file: str, channels: int, max_pixels: int
 ) -> ImageFiles:
-    return ImageFiles([path for _, path, _ in rows], _labels_of(rows, names, numbers, file), channels, max_pixels)
+    return ImageFiles([path for _, path, _ in rows], labels_of(rows, names, numbers, file), channels, max_pixels)

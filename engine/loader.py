@@ -37,9 +37,11 @@ from engine.augment import (
     to_float,
 )
 from engine.config import build, did_you_mean, locate
-from engine.errors import RequestError, RunError, one_line
+from engine.errors import RequestError, RunError, one_line, printable
+from engine.images import open_image, shown
 from engine.reader import Reader, Stream, Workers, cores
 from engine.runs import log
+from engine.shares import hold_out, spread
 
 # Settings of every dataset, and those of file datasets, that are used here and not by the dataset's function.
 COMMON = ("val_fraction", "limit", "train_transforms", "eval_transforms", "target_transform", "steps_per_epoch")
@@ -100,14 +102,14 @@ class Split:
 
 
 def load_splits(settings: dict[str, Any], only: str | None = None) -> tuple[dict[str, Split], list[str]]:
-    """Read a data set and hold out its validation part.
+    """Read a data set, and hold out a validation part where it has none of its own.
 
     Args:
         settings: the dataset group of the configuration.
         only: leave out every split but this one.
 
     Returns:
-        the splits train, val (absent with `val_fraction: 0`) and test; the class names.
+        the splits train, val (the data set's own, or held out; absent with neither) and test; the class names.
 
     Raises:
         RequestError: the data is not there, is damaged, or has labels outside its classes.
@@ -116,33 +118,72 @@ def load_splits(settings: dict[str, Any], only: str | None = None) -> tuple[dict
     data = build(own, "dataset")
     if not isinstance(data, datasets.ImageData):
         raise RequestError(f"{settings['_target_']} returned {type(data).__name__}; expected datasets.ImageData")
-    classes = [str(name) for name in data.classes]
-    for name, part in (("train", data.train), ("test", data.test)):
-        _check_part(part, name, classes)
+    classes = [printable(str(name)) for name in data.classes]
+    parts = {"train": data.train, "val": data.val, "test": data.test}
+    for name, part in parts.items():
+        if part is not None or name != "val":
+            _check_part(part, name, classes)
+    _check_classes(classes, data.train)
 
-    limit, count, test_count = settings["limit"], _count(data.train), _count(data.test)
-    splits = {}
-    if count is None:
-        splits["train"] = Split(data.train, None, len(classes), limit)
-    else:
-        labels = _labels(data.train)
-        if labels is None and settings["val_fraction"]:
+    count, labels = _count(data.train), _labels(data.train)
+    held_out = None
+    if data.val is None and count is not None and settings["val_fraction"]:
+        if labels is None:
             print(f"{type(data.train).__name__} has no .targets: validation is held out at random, not class by class")
-        held_out = _stratified(labels, count, settings["val_fraction"])
-        splits["train"] = Split(data.train, (~held_out).nonzero().flatten()[:limit], len(classes))
-        if held_out.any():
-            splits["val"] = Split(data.train, held_out.nonzero().flatten()[:limit], len(classes))
-    test_indices = None if test_count is None else torch.arange(test_count)[:limit]
-    splits["test"] = Split(data.test, test_indices, len(classes), limit)
+        held_out = hold_out(labels, count, settings["val_fraction"])
+    limit, splits = settings["limit"], {}
+    splits["train"] = _split(data.train, None if held_out is None else ~held_out, len(classes), limit)
+    if data.val is not None:
+        splits["val"] = _split(data.val, None, len(classes), limit)
+    elif held_out is not None and held_out.any():
+        splits["val"] = _split(data.train, held_out, len(classes), limit)
+    splits["test"] = _split(data.test, None, len(classes), limit)
     for name, split in splits.items():
-        if split.indices is not None and len(split) == 0:
-            raise RequestError(f"dataset: the {name} split is empty ({count} training samples were found); add images")
-    splits["train"] = _for_training(splits["train"], settings, data.sampler, held_out="val" in splits)
+        _check_files(split, name, bool(settings.get("skip_unreadable")))
+    splits["train"] = _for_training(splits["train"], settings, data.sampler, held_out=held_out is not None)
     if only is not None:
         splits = {name: split for name, split in splits.items() if name == only}
     if settings.get("cache"):
         splits = _from_cache(splits, settings)
     return splits, classes
+
+
+def _split(part: Any, chosen: Tensor | None, num_classes: int, limit: int | None) -> Split:
+    """The samples of a mask, or all, and of these `limit` that are spread over the classes."""
+    count, labels = _count(part), _labels(part)
+    if count is None:
+        return Split(part, None, num_classes, limit)
+    indices = torch.arange(count) if chosen is None else chosen.nonzero().flatten()
+    places = spread(None if labels is None else labels[indices], len(indices), limit)
+    return Split(part, indices[places], num_classes)
+
+
+def _check_classes(classes: list[str], train: Any) -> None:
+    """Refuse names that stand for two classes, and a single class, which any model tells from nothing at all."""
+    if twice := next((name for place, name in enumerate(classes) if name in classes[:place]), None):
+        raise RequestError(f"dataset: the class name {twice!r} occurs more than once; give every class its own")
+    labels = _labels(train)
+    if len(classes) < 2 or (labels is not None and int(labels.min()) == int(labels.max())):
+        only = classes[0 if labels is None else int(labels[0])] if classes else None
+        found = "no class" if only is None else f"training samples of one class only, {only!r}"
+        raise RequestError(f"dataset: {found}; a classifier needs at least two")
+
+
+def _check_files(split: Split, name: str, skip_unreadable: bool) -> None:
+    """Refuse what is named like an image but is no file, with the number of all."""
+    files = split.part
+    if not isinstance(files, datasets.ImageFiles) or not files.no_files or (name == "train" and skip_unreadable):
+        return
+    assert split.indices is not None
+    bad = [path for path in files.paths[split.indices.numpy()].tolist() if path in files.no_files]
+    if bad:
+        others = f", nor {len(bad) - 1:,} other{'s' * (len(bad) > 2)} of the {name} split" if len(bad) > 1 else ""
+        it = "it" if len(bad) == 1 else "them"
+        way_out = f" (dataset.skip_unreadable=true leaves {it} out)" if name == "train" else ""
+        raise RequestError(
+            f"{shown(bad[0])}: cannot be read, as it is no regular file or a link to nothing{others}; "
+            f"replace or remove {it}{way_out}"
+        )
 
 
 def _for_training(split: Split, settings: dict[str, Any], sampler: Any, held_out: bool) -> Split:
@@ -274,19 +315,6 @@ def _labels(part: Any) -> Tensor | None:
         return None
     known = torch.as_tensor(labels)
     return known.long() if known.ndim == 1 and not known.is_floating_point() and len(known) == _count(part) else None
-
-
-def _stratified(labels: Tensor | None, count: int, fraction: float) -> Tensor:
-    """A mask `[count]` that holds out the same share of every class, the same for every seed of a run."""
-    shuffled = torch.randperm(count, generator=torch.Generator().manual_seed(0))
-    held_out = torch.zeros(count, dtype=torch.bool)
-    if labels is None:
-        held_out[shuffled[: round(fraction * count)]] = True
-    else:
-        by_class = shuffled[labels[shuffled].argsort(stable=True)]
-        for members in by_class.split(labels.bincount().tolist()):
-            held_out[members[: round(fraction * len(members))]] = True
-    return held_out
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -576,13 +604,11 @@ def _run_alone(transforms: Sequence[Any], in_memory: bool) -> int:
 
 def _check_sizes(split: Split, option: str) -> None:
     """Without a Resize, images of files must have one size; their headers tell before any is decoded."""
-    from PIL import Image
-
     files, first = split.part, None
     for index in split.indices.tolist():  # type: ignore[union-attr]
         path = str(files.paths[index])
         try:
-            with Image.open(path) as image:
+            with open_image(path) as image:
                 turned = image.size[0] != image.size[1] and image.getexif().get(274, 1) >= 5
                 size = image.size[::-1] if turned else image.size
         except Exception:  # the reader says what is wrong with it

@@ -10,8 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import datasets
 from engine.augment import Normalize
-from engine.errors import RunError, one_line
+from engine.errors import RequestError, RunError, one_line, printable
+from engine.folders import watched
+from engine.images import UNREADABLE
 from engine.loader import Batches, Split, load_splits, parse_transforms
 from engine.metrics import class_of
 
@@ -25,11 +28,20 @@ def show(config: dict[str, Any]) -> None:
         config: dataset, images, epoch, seed, num_workers and output, as in configs/datasets.yaml.
 
     Raises:
-        RequestError: the data set cannot be read.
+        RequestError: the data set cannot be read; where it is images, with the number of those that cannot.
         RunError: the picture cannot be written.
     """
+    splits, classes = load_splits(config["dataset"])
+    try:
+        _show(config, splits, classes)
+    except RunError as error:
+        if UNREADABLE not in str(error):
+            raise
+        raise _all_unreadable(splits, error) from None
+
+
+def _show(config: dict[str, Any], splits: dict[str, Split], classes: list[str]) -> None:
     settings = config["dataset"]
-    splits, classes = load_splits(settings)
     common = {**config, "shuffle": True, "drop_last": False, "limit_batches": None}
     device = torch.device("cpu")
 
@@ -45,10 +57,33 @@ def show(config: dict[str, Any]) -> None:
     read = Batches(splits["train"], plain, {**common, "batch_size": BATCH, "shuffle": False}, device, training=True)
     counts, mean, std = statistics(read, len(classes))
     size = "x".join(map(str, shape))
-    print(f"{len(images)} training samples, {size}, augmented as in epoch {config['epoch']}: {config['output']}\n")
+    what = f"{len(images)} training sample{'s' * (len(images) != 1)}, {size}"
+    print(f"{what}, augmented as in epoch {config['epoch']}: {config['output']}\n")
     print(table(classes, counts, {name: split for name, split in splits.items() if name != "train"}))
     print("\nmean and standard deviation of the training images, for train_transforms and eval_transforms:")
     print(f"  - Normalize: {{mean: [{listed(mean)}], std: [{listed(std)}]}}")
+
+
+def _all_unreadable(splits: dict[str, Split], error: RunError) -> RunError:
+    """The error of the first image that cannot be read, with the number of all: every file is tried."""
+    counts = {}
+    for name, split in splits.items():
+        if isinstance(split.part, datasets.ImageFiles) and split.indices is not None:
+            rows = watched(split.indices.tolist(), f"checking {name}", len(split))
+            counts[name] = sum(not _can_be_read(split.part, row) for row in rows)
+    number = sum(counts.values())
+    if number < 2:
+        return error
+    parts = ", ".join(f"{count:,} of {name}" for name, count in counts.items() if count)
+    return type(error)(f"{number:,} images cannot be read ({parts}); the first: {error}")
+
+
+def _can_be_read(files: datasets.ImageFiles, row: int) -> bool:
+    try:
+        files.read(row)
+    except RequestError:
+        return False
+    return True
 
 
 def without_normalization(images: Tensor, transforms: Sequence[Any]) -> Tensor:
@@ -64,7 +99,7 @@ def statistics(batches: Batches, num_classes: int) -> tuple[Tensor, Tensor, Tens
     counts = torch.zeros(num_classes, dtype=torch.int64)
     total = squares = torch.zeros((), dtype=torch.float64)
     pixels = 0
-    for images, labels in batches.epoch(1):
+    for images, labels in watched(batches.epoch(1), "reading", len(batches)):
         counts += class_of(labels).bincount(minlength=num_classes)
         values = images.double()
         total = total + values.sum((0, 2, 3))
@@ -77,9 +112,10 @@ def statistics(batches: Batches, num_classes: int) -> tuple[Tensor, Tensor, Tens
 def table(classes: Sequence[str], train: Tensor, others: dict[str, Split]) -> str:
     """Samples of every class in every split; a dash where only reading all samples would tell."""
     columns = {"train": train.tolist(), **{name: _counts(split, len(classes)) for name, split in others.items()}}
-    width = max(5, *(len(name) for name in classes))
+    names = [printable(name) for name in classes]
+    width = max(5, *(len(name) for name in names))
     lines = [f"{'class':<{width}}" + "".join(f"{name:>9}" for name in columns)]
-    for label, name in enumerate(classes):
+    for label, name in enumerate(names):
         cells = ["-" if counts is None else f"{counts[label]:,}" for counts in columns.values()]
         lines.append(f"{name:<{width}}" + "".join(f"{cell:>9}" for cell in cells))
     sums = ["-" if counts is None else f"{sum(counts):,}" for counts in columns.values()]

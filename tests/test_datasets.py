@@ -1,6 +1,12 @@
 """Image files, folders, CSV lists and IDX files: read as they are meant, or refused in one line."""
 
 import gzip
+import io
+import os
+import pickle
+import random
+import re
+import resource
 import struct
 import warnings
 import zlib
@@ -13,6 +19,8 @@ from PIL import Image
 import datasets
 from datasets import csv_images, image_folder, read_idx, read_image
 from engine.errors import RequestError
+from engine.loader import fingerprint, load_splits
+from engine.shares import hold_out, spread
 
 FOLDER = {"test_fraction": 0.25, "channels": 3, "max_pixels": 10**6}
 LIST = {"test_annotations_file": None, "test_fraction": 0.25, "classes": None, "channels": 3, "max_pixels": 10**6}
@@ -206,7 +214,7 @@ def test_names_in_capitals_and_folders_below_count_and_other_files_are_told(tmp_
     (tmp_path / "cat" / ".DS_Store").write_text("none")
     data = image_folder(str(tmp_path), **FOLDER)
     assert len(data.train) + len(data.test) == 16
-    assert "1 files" in (told := capsys.readouterr().out) and "notes.txt" in told
+    assert "1 file is no image" in (told := capsys.readouterr().out) and "notes.txt" in told
 
 
 @pytest.mark.parametrize(
@@ -332,3 +340,500 @@ def test_the_bundled_digits_are_whole():
     data = datasets.digits()
     assert len(data.train[0]) + len(data.test[0]) == 1797
     assert data.test[1].bincount().min() >= 34
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is not what it seems: refused at once, in one line, with little memory
+
+
+def png_of(*chunks):
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    parts = [(b"IHDR", struct.pack(">IIBBBBB", 2, 2, 8, 2, 0, 0, 0)), *chunks, (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(kind, content) for kind, content in parts)
+
+
+def tiff_of(**more):
+    """A grey TIFF of 16x16; `t273=(type, count)` replaces a tag, its values eights behind the directory."""
+    tags = {256: (3, 1, 16), 257: (3, 1, 16), 258: (3, 1, 8), 259: (3, 1, 1), 262: (3, 1, 1), 273: (4, 1, 8)}
+    tags |= {277: (3, 1, 1), 278: (3, 1, 16), 279: (4, 1, 256)}
+    tags |= {int(name[1:]): value for name, value in more.items()}
+    entries = b"".join(struct.pack("<HHII", tag, *value) for tag, value in sorted(tags.items()))
+    return b"II*\0\x08\0\0\0" + struct.pack("<H", len(tags)) + entries + bytes(4) + bytes([8]) * 600_000
+
+
+def gif_of(extension):
+    file = io.BytesIO()
+    Image.new("P", (4, 4)).save(file, "GIF")
+    start = 13 + (3 << ((file.getvalue()[10] & 7) + 1) if file.getvalue()[10] & 128 else 0)
+    return file.getvalue()[:start] + extension + file.getvalue()[start:]
+
+
+def jpeg_of(segment, **options):
+    file = io.BytesIO()
+    Image.new("L", (2000, 2000)).save(file, "JPEG", **options)
+    whole = file.getvalue()
+    if options:  # the last scan over and over
+        last = whole.rfind(b"\xff\xda")
+        return whole[:-2] + whole[last:-2] * 300 + b"\xff\xd9"
+    return whole[:2] + segment + whole[2:]
+
+
+PIXELS = (b"IDAT", zlib.compress(bytes(14)))
+BOMBS = {
+    "eps.png": (lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "no JPEG, PNG, WebP, BMP, GIF or TIFF"),
+    "pcx.jpg": (lambda: b"\x0a\x05\x01\x08" + bytes(200), "no JPEG, PNG, WebP, BMP, GIF or TIFF"),
+    "before.png": (lambda: png_of(*[(b"abCd", b"")] * 100_000, PIXELS), "more than 50,000 parts"),
+    "behind.png": (lambda: png_of(PIXELS, *[(b"abCd", b"")] * 100_000), "more than 50,000 parts"),
+    "large.png": (lambda: png_of((b"abCd", bytes(17_000_000)), PIXELS), "bytes before its pixels"),
+    "comments.gif": (lambda: gif_of(b"!\xfe" + b"\1a" * 600_000 + b"\0"), "more than 50,000 parts"),
+    "empty.jpg": (lambda: jpeg_of(b"\xff\xe5\0\2" * 300_000), "more than 50,000 parts"),
+    "scans.jpg": (lambda: jpeg_of(b"", progressive=True), r"\d+ scans of 2000x2000 pixels"),
+    "strips.tif": (lambda: tiff_of(t273=(1, 600_000, 200)), "600,000 strips or tiles"),
+    "tiles.tif": (lambda: tiff_of(t322=(3, 1, 20000), t323=(3, 1, 20000)), "tiles of 20000x20000 pixels"),
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_header_that_takes_long_or_another_format_is_refused(tmp_path, name):
+    content, says = BOMBS[name]
+    (tmp_path / name).write_bytes(content())
+    with pytest.raises(RequestError, match=f"{name}: cannot be read as an image .*{says}"):
+        read_image(tmp_path / name)
+
+
+def test_no_program_is_started_for_an_image(tmp_path, monkeypatch):
+    (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n")
+    monkeypatch.setattr("subprocess.Popen", lambda *_, **__: pytest.fail("a program was started"))
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", "gs")
+    with pytest.raises(RequestError, match=r"a\.png"):
+        read_image(tmp_path / "a.png")
+    assert not tmp_path.joinpath("out").exists()
+
+
+def test_a_progressive_jpeg_and_a_large_file_are_read(tmp_path):
+    noise = Image.effect_noise((1500, 1200), 90)
+    noise.convert("RGB").save(tmp_path / "a.png")
+    noise.save(tmp_path / "a.jpg", quality=100, progressive=True)
+    assert min((tmp_path / name).stat().st_size for name in ("a.png", "a.jpg")) > 1 << 20
+    assert read_image(tmp_path / "a.png")[1].numpy().tobytes() == noise.tobytes()
+    with Image.open(tmp_path / "a.jpg") as image:
+        assert read_image(tmp_path / "a.jpg", 1).numpy().tobytes() == image.tobytes()
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "P", "I;16", "LA"])
+def test_an_image_in_strips_is_the_whole_image(tmp_path, mode, monkeypatch):
+    rng = np.random.default_rng(0)
+    if mode == "I;16":
+        image = Image.fromarray(rng.integers(0, 65536, (40, 30), dtype=np.uint16))
+    else:
+        image = Image.fromarray(rng.integers(0, 256, (40, 30, 4), dtype=np.uint8), "RGBA").convert(mode)
+    image.save(tmp_path / "a.png", **({"transparency": 3} if mode == "P" else {}))
+    for channels in (1, 3):
+        whole = read_image(tmp_path / "a.png", channels)
+        with monkeypatch.context() as patch:
+            patch.setattr("engine.images.STRIP", 30 * 7)
+            assert torch.equal(read_image(tmp_path / "a.png", channels), whole)
+
+
+def test_only_regular_files_are_opened(tmp_path, photos):
+    os.mkfifo(tmp_path / "fifo.png")
+    (tmp_path / "device.png").symlink_to("/dev/zero")
+    for name in ("fifo.png", "device.png"):
+        with pytest.raises(RequestError, match=rf"{name}: cannot be read as an image \(not a regular file\)"):
+            read_image(tmp_path / name)
+        with pytest.raises(RequestError, match=rf"{name}: cannot be read \(.*not a regular file"):
+            read_idx(tmp_path / name)
+        with pytest.raises(
+            RequestError, match=rf"{name}: cannot be read as a CSV file in UTF-8 \(not a regular file\)"
+        ):
+            csv_images(str(tmp_path / name), str(photos / "img"), **LIST)
+
+
+def test_an_idx_bomb_is_read_only_as_far_as_its_header_says(tmp_path):
+    pack = zlib.compressobj(9, wbits=31)
+    start = pack.compress(b"\0\0\x08\x03" + struct.pack(">III", 10, 28, 28)) + pack.flush(zlib.Z_FULL_FLUSH)
+    zeros = pack.compress(bytes(1 << 20)) + pack.flush(zlib.Z_FULL_FLUSH)
+    (tmp_path / "long.gz").write_bytes(start + zeros * 4000)  # 4 GB
+    (tmp_path / "huge.gz").write_bytes(gzip.compress(b"\0\0\x08\x03" + struct.pack(">III", 2**31, 2**31, 2**31)))
+    (tmp_path / "honest.gz").write_bytes(gzip.compress(b"\0\0\x08\x03" + struct.pack(">III", 4000, 1024, 1024)))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(RequestError, match=r"long\.gz: damaged: expected 7840 bytes .*, found more"):
+        read_idx(tmp_path / "long.gz")
+    for name in ("huge", "honest"):
+        with pytest.raises(RequestError, match=rf"{name}\.gz: its header says shape .* bytes"):
+            read_idx(tmp_path / f"{name}.gz")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # KiB
+
+
+@pytest.mark.parametrize("header", [b"\0\0\x08\0", b"\0\0\x08\xff" + bytes(1020), b"\0\0\x09\x01\0\0\0\1a", b"\0\0"])
+def test_headers_of_no_idx_file(tmp_path, header):
+    (tmp_path / "a").write_bytes(header)
+    with pytest.raises(RequestError, match="not an IDX file of bytes"):
+        read_idx(tmp_path / "a")
+    (tmp_path / "b").write_bytes(b"\0\0\x08\x02" + bytes(4) + b"\0\0\0\x1c")
+    assert list(read_idx(tmp_path / "b").shape) == [0, 28]
+
+
+def cifar_folder(top, protocol=2, **changes):
+    folder = top / "cifar-10-batches-py"
+    folder.mkdir(exist_ok=True)
+    rng = np.random.default_rng(0)
+    for file in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"):
+        batch = {"data": rng.integers(0, 256, (4, 3072), dtype=np.uint8), "labels": [0, 1, 2, 3]}
+        (folder / file).write_bytes(pickle.dumps(batch, protocol))
+    names = {"label_names": list("abcd")}
+    (folder / "batches.meta").write_bytes(pickle.dumps(names, protocol))
+    for name, content in changes.items():
+        (folder / name).write_bytes(content if isinstance(content, bytes) else pickle.dumps(content, protocol))
+    return folder
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4])
+def test_cifar_is_read_from_its_pickles(tmp_path, protocol):
+    folder = cifar_folder(tmp_path, protocol)
+    data = datasets.cifar10(str(tmp_path))
+    expected = pickle.loads((folder / "data_batch_2").read_bytes())["data"].reshape(4, 3, 32, 32)
+    assert np.array_equal(data.train[0][4:8].numpy(), expected) and data.classes == list("abcd")
+    assert data.train[1].tolist() == [0, 1, 2, 3] * 5 and len(data.test[1]) == 4
+
+
+def nested(depth):
+    """10^depth values, of which each ten are the same."""
+    value = [1] * 10
+    for _ in range(depth):
+        value = [value] * 10
+    return value
+
+
+ARRAY = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        ARRAY + b"(J\0\0\0\x7ftS'b'\ntR.",  # an array of 2 GB
+        b"}r\xff\xff\xff\x7f.",  # a memo of as many places
+        b"(" + b"]" * 1_100_000 + b"t.",
+        b"cposix\nsystem\n(S'touch here'\ntR.",
+        b"\x8e\xff\xff\xff\xff\xff\0\0\0.",  # bytes of a terabyte
+        {"data": nested(28), "labels": nested(28)},
+        {"data": np.zeros((4, 3072), np.uint8), "labels": [10**30] * 4},
+        {"data": np.zeros((3, 3072), np.uint8), "labels": [1] * 4},
+        [1],
+        b"",
+    ],
+)
+def test_a_hostile_pickle_is_refused_before_it_costs_anything(tmp_path, content, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cifar_folder(tmp_path, data_batch_1=content)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(RequestError, match=r"data_batch_1: .*delete it and run again"):
+        datasets.cifar10(str(tmp_path))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # KiB
+    assert not (tmp_path / "here").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Parts, links and what lies about
+
+
+def test_no_way_through_links_leads_to_an_image_twice(tmp_path, capsys):
+    make_folder(tmp_path / "top" / "train")
+    make_folder(tmp_path / "top" / "test", count=4)
+    make_folder(tmp_path / "elsewhere", ("deep",), 3)
+    expected = image_folder(str(tmp_path / "top"), **FOLDER)
+    train = tmp_path / "top" / "train"
+    for place, target in (
+        ("cat/up", ".."),
+        ("cat/self", "."),
+        ("dog/all", "../../../top"),
+        ("dog/above", tmp_path),
+        ("cat/tests", "../../test/dog"),
+        ("dog/round", "round"),  # leads nowhere but to itself
+    ):
+        (train / place).symlink_to(target)
+    data = image_folder(str(tmp_path / "top"), **FOLDER)
+    assert data.train.paths.tolist() == expected.train.paths.tolist()
+    assert data.test.paths.tolist() == expected.test.paths.tolist()
+    assert "5 links to folders of this data set are not followed: each folder is read once" in capsys.readouterr().out
+
+    (train / "cat" / "more").symlink_to(tmp_path / "elsewhere")
+    (train / "dog" / "again").symlink_to(tmp_path / "elsewhere" / "deep")
+    data = image_folder(str(tmp_path / "top"), **FOLDER)
+    assert data.train.targets.bincount().tolist() == [8 + 3, 8]
+    assert "6 links" in capsys.readouterr().out
+
+
+def test_class_folders_and_parts_may_be_links_to_elsewhere(tmp_path, capsys):
+    make_folder(tmp_path / "elsewhere")
+    (tmp_path / "top" / "train").mkdir(parents=True)
+    for name in ("cat", "dog"):
+        (tmp_path / "top" / "train" / name).symlink_to(tmp_path / "elsewhere" / name)
+    assert len(image_folder(str(tmp_path / "top"), **FOLDER).train) == 12
+    assert "not followed" not in capsys.readouterr().out
+    (tmp_path / "top" / "test").symlink_to("train")
+    with pytest.raises(RequestError, match=r"test: the same folder as .*train; .* images of their own"):
+        image_folder(str(tmp_path / "top"), **FOLDER)
+
+
+@pytest.mark.parametrize("name", ["val", "valid", "validation"])
+def test_a_folder_for_validation_is_the_validation_part(tmp_path, capsys, name):
+    for part, count in (("train", 8), (name, 3), ("test", 2)):
+        make_folder(tmp_path / part, count=count)
+    given = settings(tmp_path)
+    splits, classes = load_splits(given)
+    found = {part: split.part.paths[split.indices.numpy()].tolist() for part, split in splits.items()}
+    assert {part: len(paths) for part, paths in found.items()} == {"train": 16, "val": 6, "test": 4}
+    assert all(f"/{name}/" in path for path in found["val"]) and classes == ["cat", "dog"]
+    assert f"{name} is the validation part, and dataset.val_fraction is not used" in capsys.readouterr().out
+    assert fingerprint(splits).startswith("train 16") and "val 6" in fingerprint(splits)
+    assert [len(split) for split in load_splits({**given, "limit": 2})[0].values()] == [2, 2, 2]
+    resized = [{"Resize": {"size": [4, 4]}}]
+    given |= {"cache": True, "cache_dir": str(tmp_path / "cache"), "train_transforms": resized}
+    splits, _ = load_splits({**given, "eval_transforms": resized})
+    assert list(splits["val"].part[0].shape) == [6, 3, 4, 4] and len(splits["train"]) == 16
+
+
+def test_train_and_validation_folders_without_a_test(tmp_path, capsys):
+    make_folder(tmp_path / "train")
+    make_folder(tmp_path / "val", count=2)
+    make_folder(tmp_path / "papers")
+    data = image_folder(str(tmp_path), **FOLDER)
+    assert (len(data.train), len(data.test), len(data.val)) == (12, 4, 4)
+    said = capsys.readouterr().out
+    assert "has no test/: dataset.test_fraction=0.25 of train/ is the test" in said and "papers/" in said
+
+
+def in_train(top):
+    make_folder(top / "train" / "animals")
+
+
+def both_vals(top):
+    for name in ("train", "val", "valid"):
+        make_folder(top / name)
+
+
+@pytest.mark.parametrize(
+    ("prepare", "says"),
+    [
+        (
+            lambda top: make_folder(top / "photos" / "train"),
+            r"one class folder only, photos/; .*dataset\.root=.*/photos\?",
+        ),
+        (lambda top: make_folder(top / "photos"), r"one class folder only, photos/; .*dataset\.root=.*/photos\?"),
+        (in_train, r"one class folder only, animals/; .* if cat, dog are the classes, move them one level up"),
+        (lambda top: make_folder(top, ("cat",)), r"one class folder only, cat/; a classifier needs at least two$"),
+        (
+            lambda top: [make_folder(top / n) for n in ("Training", "Testing")],
+            r"Testing: seems to hold the test images",
+        ),
+        (lambda top: [make_folder(top / n) for n in ("train", "Test_Set")], r"Test_Set: .* rename it to test"),
+        (lambda top: [make_folder(top / "a" / n) for n in ("train", "test")] + [(top / "b").mkdir()], r"root=.*/a\?"),
+        (lambda top: make_folder(top / "test"), r"test: seems to hold the test images, .* there is no train/"),
+        (both_vals, r"both val/ and valid/ are there"),
+    ],
+)
+def test_folders_that_cannot_be_meant_are_told_with_a_guess(tmp_path, prepare, says):
+    prepare(tmp_path)
+    with pytest.raises(RequestError, match=says):
+        image_folder(str(tmp_path), **FOLDER)
+
+
+def test_what_file_managers_leave_is_passed_over_silently(tmp_path, capsys):
+    make_folder(tmp_path)
+    for name in ("Thumbs.db", "desktop.ini", ".DS_Store", "._0.png"):
+        (tmp_path / "cat" / name).write_text("none")
+    for name in ("__MACOSX", "cat/.ipynb_checkpoints", "dog/@eaDir"):
+        make_folder(tmp_path / name, ("x",), 1)
+    data = image_folder(str(tmp_path), **FOLDER)
+    assert data.classes == ["cat", "dog"] and len(data.train) + len(data.test) == 16
+    assert capsys.readouterr().out == ""
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / "dog" / name).write_text("none")
+    image_folder(str(tmp_path), **FOLDER)
+    assert capsys.readouterr().out.startswith("2 files are no images and left out of ")
+
+
+def test_names_that_are_no_text_are_written_as_escapes(tmp_path, call):
+    make_folder(tmp_path / "top", ("cat",))
+    folder = os.fsencode(tmp_path / "top") + b"/d\xffg\x1b"
+    os.mkdir(folder)
+    for i in range(8):
+        Image.new("RGB", (6, 5)).save(tmp_path / "a.png")
+        os.rename(tmp_path / "a.png", folder + b"/\xe9%d.png" % i)
+    with open(folder + b"/\xe9.txt", "w"):
+        pass
+    answer = call("datasets", "dataset=image_folder", "dataset.root=top", "num_workers=0")
+    assert answer.code == 0 and r"d\udcffg\x1b" in answer.out and "\x1b" not in answer.out
+
+
+def test_what_is_no_file_is_told_with_the_number_of_all(tmp_path):
+    make_folder(tmp_path)
+    os.mkfifo(tmp_path / "cat" / "a.png")
+    (tmp_path / "cat" / "b.png").symlink_to("nowhere")
+    (tmp_path / "cat" / "c.png").symlink_to("c.png")
+    with pytest.raises(
+        RequestError, match=r"no regular file or a link to nothing, nor .*dataset\.skip_unreadable=true"
+    ):
+        load_splits({**settings(tmp_path), "val_fraction": 0.0, "test_fraction": 0.1})
+    splits, _ = load_splits({**settings(tmp_path), "val_fraction": 0.0, "test_fraction": 0.1, "skip_unreadable": True})
+    assert len(splits["train"]) + len(splits["test"]) == 19
+
+
+def test_looking_at_images_counts_those_that_cannot_be_read(tmp_path, call):
+    make_folder(tmp_path / "top")
+    for name in ("cat/0.png", "dog/1.png", "dog/2.png", "dog/3.png"):
+        (tmp_path / "top" / name).write_bytes(b"none")
+    answer = call("datasets", "dataset=image_folder", "dataset.root=top", "num_workers=0")
+    assert answer.code and re.match(r"error: 4 images cannot be read \(.*\); the first: top/.*png: ", answer.err)
+    assert answer.err.count("\n") == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Lists that are not as they should be
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (
+            "name,set,kind\n" + NUMBERS.replace(",", ",train,"),
+            r"is 'train' in every row; is column 3 \(kind\) the label\?",
+        ),
+        ("name,id,kind\n" + "".join(f"{i}.png,x{i},{i % 2}\n" for i in range(8)), r"8 values in 8 rows; is column 3"),
+        ("".join(f"{i}.png,{i},{i % 2}\n" for i in range(8)), r"8 values in 8 rows; is column 3 the label"),
+        (NUMBERS.replace(",1", ",0"), r"is '0' in every row; expected two or more"),
+        ("nine.png,1\n" + NUMBERS, r"row 1: .*nine\.png is not there; correct"),
+        ("nine.png,name\n" + NAMES.replace(";", ","), r"row 1: .*nine\.png is not there"),
+        ("nine,0\n" + NUMBERS, r"row 1: .*nine is not there"),
+        (NUMBERS.replace(".png", ""), r"row 1: .*0 is not there, nor are those of 7 other rows; .*ending \(\.png\)"),
+        (NUMBERS + "7.png," + "9" * 5000 + "\n", r"row 9: label 9{77}\.\.\. would make [0-9,]+ classes"),
+        ("".join(f"{i}.png,-{1 + i % 2}\n" for i in range(8)), r"row 1: label -1 is below 0"),
+        (NUMBERS + "a\0b.png,1\n", r"row 9: .*a\\x00b\.png is not there|line contains NUL"),
+        (NUMBERS + "a" * 5000 + ",1\n", r"row 9: .*aaa\.\.\.aaa.* is not there"),
+        (NUMBERS + "a" * 200_000 + ",1\n", r"row 9: field larger than field limit"),
+        ("\x1b[2J\n" + NUMBERS, r"row 1: .*\\x1b\[2J.*expected a file name and a label"),
+    ],
+)
+def test_lists_that_cannot_be_meant_are_told(photos, text, says):
+    with pytest.raises(RequestError, match=says) as caught:
+        listed(photos, text)
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 700
+
+
+@pytest.mark.parametrize("end", ["\r", "\r\n", "\n"])
+def test_line_ends_of_every_system(photos, end):
+    assert listed(photos, NAMES.replace("\n", end)).train.targets.bincount().tolist() == [3, 3]
+
+
+def test_random_files_are_read_or_refused_in_one_line(tmp_path, photos):
+    rng = random.Random(0)
+    good = [NUMBERS.encode(), gzip.compress(b"\0\0\x08\x01\0\0\0\5abcde"), (photos / "img" / "1.png").read_bytes()]
+    good.append((cifar_folder(tmp_path) / "data_batch_1").read_bytes()[:400])
+    for _ in range(150):
+        content = bytearray(rng.choice(good))
+        for _ in range(rng.randint(0, 6)):
+            content[rng.randrange(len(content))] = rng.choice([0, 255, 44, 10, 34, rng.randrange(256)])
+        for name in ("a.csv", "a.gz", "a.png", "a.jpg"):
+            (tmp_path / name).write_bytes(content)
+        for read in (
+            lambda: csv_images(str(tmp_path / "a.csv"), str(photos / "img"), **LIST),
+            lambda: read_idx(tmp_path / "a.gz"),
+            lambda: read_image(tmp_path / "a.png"),
+            lambda: datasets._read_pickle(tmp_path / "a.jpg"),
+        ):
+            try:
+                read()
+            except RequestError as error:
+                assert str(error).isprintable()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which samples
+
+
+def settings(top, **changes):
+    common = {"limit": None, "val_fraction": 0.1, "train_transforms": [], "eval_transforms": [], "cache": False}
+    return {"_target_": "datasets.image_folder", "root": str(top), **FOLDER, **common, **changes}
+
+
+def shares(chosen, labels):
+    return labels[chosen].bincount(minlength=int(labels.max()) + 1).tolist()
+
+
+def test_a_share_is_held_out_of_small_classes_too():
+    labels = torch.arange(10).repeat_interleave(4)
+    held_out = hold_out(labels, 40, 0.1)  # 0.4 of every class
+    assert int(held_out.sum()) == 4 and max(shares(held_out, labels)) == 1
+    labels = torch.tensor([0] * 100 + [1] * 4 + [2] * 3 + [3])
+    assert shares(hold_out(labels, 108, 0.1), labels) == [10, 1, 0, 0]
+    assert shares(hold_out(labels, 108, 0.9), labels) == [90, 3, 2, 0], "no class gives its last sample away"
+    assert int(hold_out(torch.arange(5), 5, 0.5).sum()) == 0 == int(hold_out(labels, 108, 0.0).sum())
+    assert int(hold_out(None, 3, 0.01).sum()) == 1 and int(hold_out(None, 1, 0.5).sum()) == 0
+
+
+def test_what_is_held_out_of_the_digits_is_what_it_was():
+    labels = datasets.digits().train[1]
+    shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0)).tolist()
+    expected = set()
+    for label in range(10):
+        members = [place for place in shuffled if labels[place] == label]
+        expected |= set(members[: round(0.1 * len(members))])
+    assert set(hold_out(labels, len(labels), 0.1).nonzero().flatten().tolist()) == expected
+
+
+def test_a_limit_takes_of_every_class_its_share_in_the_order_there_was():
+    labels = torch.tensor([0] * 60 + [1] * 30 + [2] * 9 + [3])
+    assert shares(spread(labels, 100, 10), labels) == [5, 3, 1, 1]
+    assert shares(spread(labels, 100, 4), labels) == [1, 1, 1, 1]
+    assert shares(spread(labels, 100, 3), labels) == [1, 1, 1, 0]
+    assert shares(spread(labels, 100, 50), labels) == [30, 15, 4, 1]
+    chosen = spread(labels, 100, 50)
+    assert torch.equal(chosen, chosen.sort().values) and set(spread(labels, 100, 20).tolist()) <= set(chosen.tolist())
+    assert spread(labels, 100, 100).tolist() == spread(labels, 100, None).tolist() == list(range(100))
+    without = spread(None, 1000, 10)
+    assert len(set(without.tolist())) == 10 and without.max() > 500 and torch.equal(without, spread(None, 1000, 10))
+
+
+def test_a_limit_of_sorted_images_has_all_classes(tmp_path):
+    make_folder(tmp_path, ("ant", "bee", "cat"), 10)
+    splits, _ = load_splits(settings(tmp_path, limit=6, val_fraction=0.2))
+    counts = [shares(split.indices, split.part.targets) for split in splits.values()]
+    assert counts[0] == [2, 2, 2] and min(map(min, counts)) >= 1
+
+
+def of_classes(classes, labels):
+    images = torch.zeros(len(labels), 1, 4, 4, dtype=torch.uint8)
+    return datasets.ImageData((images, torch.tensor(labels)), (images, torch.tensor(labels)), classes)
+
+
+@pytest.mark.parametrize(
+    ("classes", "labels", "says"),
+    [
+        (["a", "b", "a"], [0, 1, 2], r"the class name 'a' occurs more than once"),
+        ([1, "1"], [0, 1], r"the class name '1' occurs more than once"),
+        (["a"], [0, 0], r"training samples of one class only, 'a'"),
+        (["a", "b"], [1, 1], r"training samples of one class only, 'b'"),
+        ([], [0, 0], r"label 0; expected 0 to -1"),
+    ],
+)
+def test_classes_are_at_least_two_and_each_name_is_one(monkeypatch, classes, labels, says):
+    monkeypatch.setattr(datasets, "made", lambda: of_classes(classes, labels), raising=False)
+    given = {"limit": None, "val_fraction": 0.0, "train_transforms": [], "eval_transforms": []}
+    with pytest.raises(RequestError, match=says):
+        load_splits({**given, "_target_": "datasets.made"})
+
+
+def test_overfitting_says_what_its_figure_means(call):
+    answer = call("train", "debug=overfit", "epochs=3", "model.hidden=[8]")
+    assert answer.code == 0, answer.err
+    last = re.search(r"epoch 3/3 .*? accuracy ([0-9.]+%)", answer.out)[1]
+    assert f"by heart {last} of the 16 training samples: 100 % is right" in answer.out
+
+
+def test_early_stopping_needs_a_validation_part(call, tmp_path):
+    error = call("train", "early_stopping.patience=2", "dataset.val_fraction=0").error
+    assert error.startswith("early_stopping.patience: there is no validation part")
+    assert not (tmp_path / "checkpoints").exists()

@@ -1,0 +1,237 @@
+"""The folders of a data set of image files: its parts, its classes, and the files in them."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from engine.errors import RequestError, printable
+from engine.images import EXTENSIONS, shown
+
+# The folders of the parts of a data set; another spelling, such as Testing, is asked about and not taken for a class.
+PARTS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
+# What file managers and archives leave in folders, beside all that begins with a dot.
+LEFTOVERS = ("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__macosx", "@eadir", "$recycle.bin", "lost+found")
+
+
+def part_folders(top: Path) -> dict[str, Path]:
+    """The folders that hold the class folders of train, test and val; of train alone, itself, where there is no train/.
+
+    Raises:
+        RequestError: two folders for one part, or names such as Training/ that would be taken for classes.
+    """
+    names = _folders(top)
+    found = {part: [name for name in spellings if name in names] for part, spellings in PARTS.items()}
+    if len(found["val"]) > 1:
+        both = " and ".join(f"{name}/" for name in found["val"])
+        raise RequestError(f"{shown(top)}: both {both} are there; keep one of them for validation")
+    known = [name for spellings in found.values() for name in spellings]
+    meant = {name: part for name in names if (part := _part_meant(name)) and (name in known or not found[part])}
+    if not found["train"]:
+        if meant and (len(meant) > 1 or len(names) == 1 or _folders(top / next(iter(meant)))):
+            name, part = next(iter(meant.items()))
+            raise RequestError(
+                f"{shown(top / name)}: seems to hold the {part} images, not a class, and there is no train/; "
+                f"expected {shown(top)}/train (and test, val), or one folder a class"
+            )
+        if nested := next((name for name in names if {"train", "test"} <= set(_folders(top / name))), None):
+            raise RequestError(
+                f"{shown(top)}: {printable(nested)}/ holds train/ and test/; "
+                f"did you mean dataset.root={shown(top / nested)}?"
+            )
+        return {"train": top}
+    if misnamed := [name for name in meant if name not in known]:
+        part = meant[misnamed[0]]
+        raise RequestError(f"{shown(top / misnamed[0])}: is it the {part} part? rename it to {part}, or take it away")
+    if others := [f"{printable(name)}/" for name in names if name not in known]:
+        print(f"passed over beside {shown(top)}/train: {', '.join(others[:10])}", flush=True)
+    folders = {part: top / found[part][0] for part in ("train", "test", "val") if found[part]}
+    for (one, first), (other, second) in combinations(folders.items(), 2):
+        if first.resolve() == second.resolve():
+            raise RequestError(
+                f"{shown(second)}: the same folder as {shown(first)}; {one} and {other} need images of their own"
+            )
+    if "val" in folders:
+        print(f"{shown(folders['val'])} is the validation part, and dataset.val_fraction is not used", flush=True)
+    return folders
+
+
+def _part_meant(name: str) -> str | None:
+    """The part that a folder such as Training, test_set or Val-images stands for."""
+    word = re.sub(r"[^a-z]", "", name.lower())
+    word = re.sub(r"(set|data|images|imgs|split)$", "", word)
+    words = {"train": ("train", "training"), "val": PARTS["val"], "test": ("test", "testing")}
+    return next((part for part, meanings in words.items() if word in meanings), None)
+
+
+def one_class(folder: Path, name: str, root: str | None) -> RequestError:
+    """What is wrong where there is one class folder only, with a guess at what was meant; `root` where that is it."""
+    inner = _folders(folder / name)
+    message = f"{shown(folder)}: one class folder only, {printable(name)}/; a classifier needs at least two"
+    if root is not None and ("train" in inner or len(inner) > 1):
+        message += f"; did you mean dataset.root={shown(Path(root) / name)}?"
+    elif len(inner) > 1:
+        message += f"; if {', '.join(printable(n) for n in inner[:3])} are the classes, move them one level up"
+    return RequestError(message)
+
+
+def _is_leftover(name: str) -> bool:
+    return name.startswith(".") or name.lower() in LEFTOVERS
+
+
+def _folders(folder: Path) -> list[str]:
+    """Names of the folders in it, sorted, without what file managers leave."""
+    return sorted(entry.name for entry in _entries(folder) if _is(entry.is_dir) and not _is_leftover(entry.name))
+
+
+def _entries(folder: str | Path) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entries, key=lambda entry: entry.name)
+    except OSError as error:
+        raise RequestError(f"{shown(folder)}: cannot be listed ({error.strerror})") from None
+
+
+def _is(question: Callable[[], bool]) -> bool:
+    """The answer of a directory's entry, no where a link leads round in circles."""
+    try:
+        return question()
+    except OSError:
+        return False
+
+
+def class_folders(folder: Path) -> list[str]:
+    names = _folders(folder)
+    if not names:
+        raise RequestError(f"{shown(folder)}: no folder in it; expected one a class, named after it")
+    return names
+
+
+def compare_classes(folder: Path, part: str, classes: list[str], train_folder: Path) -> None:
+    own = class_folders(folder)
+    if unknown := [name for name in own if name not in classes]:
+        raise RequestError(f"{shown(folder / unknown[0])}: a class without a folder in {shown(train_folder)}")
+    if missing := [printable(name) for name in classes if name not in own]:
+        print(f"no {part} images of {some(missing)}: {shown(folder)} has no such folder", flush=True)
+
+
+def some(names: Sequence[str]) -> str:
+    return ", ".join(names[:10]) + (f" and {len(names) - 10:,} others" if len(names) > 10 else "")
+
+
+class Walk:
+    """The image files below the class folders of a data set, each folder read once, whatever links lead to it.
+
+    A link is followed to a folder elsewhere. It is not where it leads into a part of the data set, or above one: the
+    images there are read as what they are, or belong to another part.
+
+    Args:
+        parts: the folder that holds the class folders, of every part.
+        classes: their names.
+    """
+
+    def __init__(self, parts: dict[str, Path], classes: list[str]) -> None:
+        self.parts, self.classes = parts, classes
+        self.real = [os.path.realpath(folder) for folder in parts.values()]
+        self.seen: set[tuple[int, int]] = set()  # folders, by device and number
+        self.no_files: set[str] = set()
+        self.others: list[str] = []
+        self.not_followed: list[str] = []
+
+    def images(self, part: str) -> tuple[list[str], list[int]]:
+        """Paths and labels, those in folders below included, sorted by name.
+
+        Raises:
+            RequestError: a class folder without an image, or one that cannot be listed.
+        """
+        paths: list[str] = []
+        labels: list[int] = []
+        top = self.parts[part]
+        for path, label in watched(self._found(top), f"listing {shown(top)}", None):
+            paths.append(path)
+            labels.append(label)
+        return paths, labels
+
+    def _found(self, top: Path) -> Iterator[tuple[str, int]]:
+        for label, name in enumerate(self.classes):
+            folder = os.path.join(top, name)
+            if not os.path.isdir(folder):
+                continue
+            path = None
+            for path in self._below(folder):
+                yield path, label
+            if path is None:
+                why = f"looked for {', '.join(EXTENSIONS)}"
+                if links := [link for link in self.not_followed if link == folder or link.startswith(folder + os.sep)]:
+                    why = f"the folder that {shown(links[0])} leads to is a part of this data set already"
+                raise RequestError(
+                    f"{shown(folder)}: no image in this class folder ({why}); "
+                    "add some, or remove the folder and with it the class"
+                )
+
+    def _below(self, folder: str) -> Iterator[str]:
+        waiting = [folder]  # no recursion: folders may be nested deeper than Python allows that
+        while waiting:
+            directory = waiting.pop()
+            if not self._is_new(directory):
+                self.not_followed.append(directory)
+                continue
+            inner = []
+            for entry in _entries(directory):
+                if _is_leftover(entry.name):
+                    continue
+                path = os.path.join(directory, entry.name)
+                if _is(entry.is_dir):
+                    inner.append(path)
+                elif entry.name.lower().endswith(EXTENSIONS):
+                    if not _is(entry.is_file):
+                        self.no_files.add(path)
+                    yield path
+                else:
+                    self.others.append(path)
+            waiting += reversed(inner)
+
+    def _is_new(self, directory: str) -> bool:
+        if os.path.islink(directory):
+            leads_to = os.path.realpath(directory)
+            if any(_is_within(leads_to, part) or _is_within(part, leads_to) for part in self.real):
+                return False
+        status = os.stat(directory)
+        key = status.st_dev, status.st_ino
+        new = key not in self.seen
+        self.seen.add(key)
+        return new
+
+    def tell(self, top: Path) -> None:
+        """Print what was left out."""
+        if count := len(self.not_followed):
+            what = "1 link to a folder" if count == 1 else f"{count:,} links to folders"
+            which = "" if count == 1 else "the first is "
+            print(
+                f"{what} of this data set {'is' if count == 1 else 'are'} not followed: each folder is read once "
+                f"({which}{shown(self.not_followed[0])})",
+                flush=True,
+            )
+        if count := len(self.others):
+            what = "1 file is no image" if count == 1 else f"{count:,} files are no images"
+            print(
+                f"{what} and left out of {shown(top)} ({'' if count == 1 else 'the first is '}{shown(self.others[0])})",
+                flush=True,
+            )
+
+
+def _is_within(path: str, folder: str) -> bool:
+    return os.path.commonpath([path, folder]) == folder
+
+
+def watched(iterable: Iterable[Any], title: str, total: int | None) -> Iterator[Any]:
+    """The same, with a bar on a terminal where it takes longer than a second."""
+    quiet = not sys.stderr.isatty()
+    yield from tqdm(iterable, title, total, delay=1, leave=False, disable=quiet, dynamic_ncols=True)
