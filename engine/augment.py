@@ -694,6 +694,8 @@ def check_arguments(listed: Any) -> None:
         if isinstance(value, dict):
             for key in value:
                 _check_value("a name", key)
+                if not isinstance(key, str):
+                    raise ValueError(f"{key!r} is no name; expected Name or Name: {{argument: value}}")
             waiting += [(key, one, level + 1) for key, one in value.items()]
         elif isinstance(value, list):
             if name in ("size", "target_size") and len(value) == 2 and all(isinstance(one, int) for one in value):

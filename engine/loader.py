@@ -460,22 +460,19 @@ class Batches:
         """
         if start and start >= len(self):
             return  # resumed where the last batch was done
-        with self._memory_told():
+        with self._memory_told(self.batch_size):
             yield from self._epoch(epoch, start)
 
     @contextmanager
-    def _memory_told(self) -> Iterator[None]:
-        """Tell in one line that there is not memory enough for a batch."""
+    def _memory_told(self, samples: int) -> Iterator[None]:
+        """Tell in one line that there is not memory enough for a batch of so many."""
         try:
             yield
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
-            half = f"; try batch_size={self.batch_size // 2}" if self.batch_size > 1 else ""
-            raise RunError(
-                f"out of memory ({self.device}) while a batch is made, batch_size={self.batch_size}{half} "
-                f"({one_line(error, 160)})"
-            ) from error
+            made = f"a batch is made, batch_size={samples}; try {samples // 2}" if samples > 1 else "one image is made"
+            raise RunError(f"out of memory ({self.device}) while {made} ({one_line(error, 160)})") from error
 
     def _epoch(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         target_transform = self.split.target_transform if self.training else None
@@ -492,8 +489,11 @@ class Batches:
         for images, labels in source:
             if self.draws:
                 if done % group == 0:
-                    numbers = torch.arange(first + done, first + done + group)  # a stream's samples are only numbered
-                    ahead = Draws(self.seed, epoch, numbers if order is None else order[done : done + group])
+                    if order is None:  # a stream's samples are only numbered
+                        index = torch.arange(first + done, first + done + group)
+                    else:
+                        index = order[done : done + group]
+                    ahead = Draws(self.seed, epoch, index)
                 images = apply(self.later, images, ahead.window(done % group, len(images)))
                 done += len(images)
             elif self.later:
@@ -557,7 +557,7 @@ class Batches:
         """
         if self._shape is None:
             try:
-                with own_randomness(), self._memory_told():
+                with own_randomness(), self._memory_told(1):
                     images = apply(self.later, self._first(), Draws(self.seed, 1, torch.zeros(1, dtype=torch.int64)))
             except RunError as error:
                 raise RequestError(str(error)) from error
