@@ -25,13 +25,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.errors import RunError, one_line
+from engine.errors import RunError, one_line, out_of_memory
 
 # What a list of transforms may ask for at most; it may come from a stranger's file.
 MOST_PIXELS = 64_000_000  # of an image that a transform makes; 8000x8000
 MOST_VALUES, MOST_NESTED, MOST_TEXT = 1_000, 16, 100  # values and names in it, levels of lists, characters of a text
 MOST_NUMBER = 16_384  # in any argument, but for these, which set the work, or how many times larger an image becomes
-MOST = {"padding": 4_096, "kernel_size": 128, "sigma": 64, "side_range": 32, "scale_range": 32}
+MOST = {"padding": 4_096, "kernel_size": 64, "sigma": 16, "side_range": 8, "scale_range": 2}
 MOST |= {"num_ops": 32, "mixture_width": 32, "chain_depth": 32}
 
 _GOLDEN = -0x61C8864680B583EB  # 2^64 / golden ratio, as a signed 64-bit integer
@@ -228,6 +228,8 @@ class RandomCrop:
         if pad_if_needed:
             raise NotImplementedError
         self.height, self.width = (size, size) if isinstance(size, int) else size
+        if min(self.height, self.width) < 1:
+            raise ValueError(f"size={size}: expected height and width in pixels")
         sides = [padding or 0] if isinstance(padding, int) or padding is None else list(padding)
         self.left, self.top, self.right, self.bottom = {1: sides * 4, 2: sides * 2, 4: sides}[len(sides)]
         self.fill = _fill(fill)
@@ -732,7 +734,7 @@ def apply(transforms: Sequence[tuple[int, Any]], images: Tensor, draws: Draws | 
         try:
             images = transform(images, draws.at(place)) if transform.random and draws else transform(images)
         except Exception as error:  # torchvision's raise what comes; the cause is kept
-            if out_of_memory(error):
+            if out_of_memory(error, len(images)):
                 raise
             name = type(transform.transform if isinstance(transform, PerImage) else transform).__name__
             kind = "" if isinstance(error, (ValueError, TypeError, RuntimeError)) else f"{type(error).__name__}: "
@@ -741,16 +743,6 @@ def apply(transforms: Sequence[tuple[int, Any]], images: Tensor, draws: Draws | 
                 f"{kind}{one_line(error)}"
             ) from error
     return images
-
-
-def out_of_memory(error: Exception) -> bool:
-    """Whether an exception means that there is no memory left, of this machine or of the device."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    # MPS and the CPU have no class of their own for it.
-    return isinstance(error, RuntimeError) and any(
-        words in str(error) for words in ("out of memory", "can't allocate memory", "not enough memory")
-    )
 
 
 def resized_to(transforms: Sequence[Any]) -> tuple[int, int] | None:

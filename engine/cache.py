@@ -16,7 +16,6 @@ import json
 import math
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -26,12 +25,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from engine import files as safe
 from engine.augment import Resize, to_float
 from engine.errors import RequestError, RunError, one_line, printable
-from engine.reader import Reader, Workers, cannot_be_read, cores
+from engine.reader import Reader, Workers, bar, cannot_be_read, cores
 
 Cache = tuple[Tensor, dict[int, str]]
 
@@ -196,21 +194,12 @@ def _decode(
     """Write all images, each to its place; returns the shape of them all, and row to error of the unreadable ones."""
     batches = torch.arange(len(files)).split(BATCH)
     workers = Workers(_CacheReader(files, resize), min(cores(), len(batches)) if len(batches) > 4 else 0, BATCH)
-    bar = tqdm(
-        total=len(files),
-        desc="caching",
-        unit=" images",
-        delay=1,
-        leave=False,
-        disable=not sys.stderr.isatty(),
-        dynamic_ncols=True,
-    )
     shape: list[int] = []
     unreadable: dict[int, str] = {}
-    with bar:
+    with bar(range(len(files)), "caching") as done:
         for images, rows, failures in workers.read(0, batches):
             unreadable |= failures
-            bar.update(len(rows))
+            done.update(len(rows))
             if len(failures) == len(rows) or (unreadable and not skip_unreadable):
                 continue  # only to count the others
             if not shape:

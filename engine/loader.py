@@ -33,7 +33,6 @@ from engine.augment import (
     apply,
     check_arguments,
     name_and_arguments,
-    out_of_memory,
     own_randomness,
     per_image,
     sample_seed,
@@ -41,8 +40,8 @@ from engine.augment import (
     to_float,
 )
 from engine.config import build, did_you_mean, locate
-from engine.errors import RequestError, RunError, one_line, printable
-from engine.reader import Reader, Stream, Workers, cannot_be_read, cores, users_code
+from engine.errors import RequestError, RunError, one_line, out_of_memory, printable
+from engine.reader import Reader, Stream, Workers, bar, cannot_be_read, cores, users_code
 from engine.runs import log
 
 # Settings of every dataset, and those of file datasets, that are used here and not by the dataset's function.
@@ -417,7 +416,9 @@ class Batches:
                     sampler = self.split.sampler(self.split.indices)  # type: ignore[arg-type]
                 if not hasattr(sampler, "__len__"):
                     raise RequestError(f"dataset: its sampler {type(sampler).__name__} has no length; give it one")
-                return len(sampler)  # type: ignore[arg-type]
+                if len(sampler) == 0:
+                    raise RequestError(f"dataset: its sampler {type(sampler).__name__} gives no sample")
+                return len(sampler)
         if self.training and self.split.indices is None:
             return (self.split.steps or 0) * self.batch_size
         return len(self.split)
@@ -442,9 +443,9 @@ class Batches:
                 with users_code("dataset: its sampler"):
                     places = torch.tensor([int(place) for place in self.split.sampler(indices)], dtype=torch.int64)
             if len(places) != self.size or not ((places >= 0) & (places < len(indices))).all():
+                found = f" from {int(places.min())} to {int(places.max())}" if len(places) else ""
                 raise RunError(
-                    f"dataset: its sampler gave {len(places)} places from {int(places.min())} to {int(places.max())}; "
-                    f"expected {self.size}, from 0 to {len(indices) - 1}"
+                    f"dataset: its sampler gave {len(places)} places{found}; expected {self.size}, from 0 to {len(indices) - 1}"
                 )
             return indices[places]
         if not self.shuffle:
@@ -469,10 +470,11 @@ class Batches:
         try:
             yield
         except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error):
+            said = out_of_memory(error, samples)
+            if said is None:
                 raise
-            made = f"a batch is made, batch_size={samples}; try {samples // 2}" if samples > 1 else "one image is made"
-            raise RunError(f"out of memory ({self.device}) while {made} ({one_line(error, 160)})") from error
+            what = "a batch" if samples > 1 else "one image"
+            raise RunError(f"{said} ({what} for {self.device}: {one_line(error, 160)})") from error
 
     def _epoch(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         target_transform = self.split.target_transform if self.training else None
@@ -600,7 +602,7 @@ def _check_sizes(split: Split, option: str) -> None:
     from PIL import Image
 
     files, first = split.part, None
-    for index in split.indices.tolist():  # type: ignore[union-attr]
+    for index in bar(split.indices.tolist(), "looking at the images' sizes"):  # type: ignore[union-attr]
         path = str(files.paths[index])
         try:
             with Image.open(path) as image:

@@ -215,6 +215,7 @@ def test_any_torchvision_transform_draws_per_sample_and_leaves_the_generators_al
         ("ColorJitter", {"brightness": -1}),
         ("RandomErasing", {"scale": [0.5, 1.5]}),
         ("Resize", {"size": 0}),
+        ("RandomCrop", {"size": [8, 0]}),
     ],
 )
 def test_arguments_that_make_no_sense_are_refused(name, arguments):

@@ -24,8 +24,8 @@ from torch import nn
 from torch.utils.data import Dataset, IterableDataset, WeightedRandomSampler
 
 import datasets
-import engine.cache
 import engine.loader
+import engine.reader
 from engine.augment import Draws, Resize
 from engine.cache import _locked, cached_images
 from engine.errors import RequestError, RunError
@@ -235,7 +235,7 @@ def many():
     return datasets.ImageData((images, labels), (images[:10], labels[:10]), list("abcde"))
 
 
-@pytest.mark.parametrize(("size", "start"), [(100, 0), (5000, 0), (9000, 1), (64, 120)])
+@pytest.mark.parametrize(("size", "start"), [(100, 0), (100, 80), (5001, 1), (9001, 0), (64, 120)])
 def test_each_of_many_samples_has_the_draw_of_its_own(size, start):
     batches = batches_of(settings("many", train_transforms=["RandomHorizontalFlip"]), batch_size=size, seed=3)
     flipped = torch.cat([images[:, 0, 0, 0] > images[:, 0, 0, 1] for images, _ in batches.epoch(2, start)])
@@ -571,7 +571,10 @@ class Hungry:
 
 @pytest.mark.parametrize(
     ("images", "says"),
-    [(2, r"^out of memory \(cpu\) while a batch is made, batch_size=8; try 4 \(.*allocate"), (1, "while one image")],
+    [
+        (2, r"^out of memory with batch_size=8; try batch_size=4 \(a batch for cpu: .*allocate"),
+        (1, r"^out of memory .*; try .*smaller images \(one image for cpu: "),
+    ],
 )
 def test_out_of_memory_is_told_as_such(images, says, monkeypatch):
     monkeypatch.setitem(engine.loader.BATCH_TRANSFORMS, "Hungry", Hungry)
@@ -1080,9 +1083,9 @@ def test_making_a_cache_shows_a_bar_on_a_terminal_only(photos, tmp_path, monkeyp
             return terminal
 
     seen = {}
-    bar = engine.cache.tqdm
+    bar = engine.reader.tqdm
     monkeypatch.setattr(sys, "stderr", Screen())
-    monkeypatch.setattr("engine.cache.tqdm", lambda **given: seen.update(given) or bar(**{**given, "delay": 0}))
+    monkeypatch.setattr("engine.reader.tqdm", lambda n, **given: seen.update(given) or bar(n, **{**given, "delay": 0}))
     load_splits(cached(photos, tmp_path))
     assert ("caching" in sys.stderr.getvalue()) == terminal and seen["delay"] == 1
 
