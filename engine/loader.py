@@ -416,9 +416,10 @@ class Batches:
                     sampler = self.split.sampler(self.split.indices)  # type: ignore[arg-type]
                 if not hasattr(sampler, "__len__"):
                     raise RequestError(f"dataset: its sampler {type(sampler).__name__} has no length; give it one")
-                if len(sampler) == 0:
+                count = len(sampler)  # type: ignore[arg-type]
+                if count == 0:
                     raise RequestError(f"dataset: its sampler {type(sampler).__name__} gives no sample")
-                return len(sampler)
+                return count
         if self.training and self.split.indices is None:
             return (self.split.steps or 0) * self.batch_size
         return len(self.split)
@@ -445,7 +446,8 @@ class Batches:
             if len(places) != self.size or not ((places >= 0) & (places < len(indices))).all():
                 found = f" from {int(places.min())} to {int(places.max())}" if len(places) else ""
                 raise RunError(
-                    f"dataset: its sampler gave {len(places)} places{found}; expected {self.size}, from 0 to {len(indices) - 1}"
+                    f"dataset: its sampler gave {len(places)} places{found}; "
+                    f"expected {self.size}, from 0 to {len(indices) - 1}"
                 )
             return indices[places]
         if not self.shuffle:

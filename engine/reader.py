@@ -445,6 +445,7 @@ class Workers:
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="This DataLoader will create")  # more than cores: as asked
+                warnings.filterwarnings("ignore", message="Got pickle error")  # told below
                 if self.loader is None:
                     self.loader = self._start()
                 batches = iter(self.loader)
