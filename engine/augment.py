@@ -17,6 +17,7 @@ import math
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from itertools import permutations
 from typing import Any
 
@@ -24,7 +25,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.errors import RunError, one_line
+from engine.errors import RunError, one_line, out_of_memory
+
+# What a list of transforms may ask for at most; it may come from a stranger's file.
+MOST_PIXELS = 64_000_000  # of an image that a transform makes; 8000x8000
+MOST_VALUES, MOST_NESTED, MOST_TEXT = 1_000, 16, 100  # values and names in it, levels of lists, characters of a text
+MOST_NUMBER = 16_384  # in any argument, but for these, which set the work, or how many times larger an image becomes
+MOST = {"padding": 4_096, "kernel_size": 64, "sigma": 16, "side_range": 8, "scale_range": 2}
+MOST |= {"num_ops": 32, "mixture_width": 32, "chain_depth": 32}
 
 _GOLDEN = -0x61C8864680B583EB  # 2^64 / golden ratio, as a signed 64-bit integer
 _MASK = (1 << 64) - 1
@@ -46,6 +54,12 @@ def sample_seed(seed: int, epoch: int, index: int | Tensor = 0) -> Tensor:
     """64 random bits (int64, the shape of `index`) for each sample of an epoch."""
     key = _mix(torch.tensor(_signed(seed * _GOLDEN + 1))) + epoch
     return _mix(_mix(key * _GOLDEN) + (torch.as_tensor(index) + 1) * _GOLDEN)
+
+
+@lru_cache(maxsize=256)
+def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Numbers as float32 `[1, n, 1, 1]` on a device, copied once: a copy in every batch would wait for the device."""
+    return torch.tensor(values, dtype=torch.float32, device=device).view(1, -1, 1, 1)
 
 
 class Draws:
@@ -158,15 +172,15 @@ class Normalize:
         if len(mean) != len(std) or not all(s > 0 for s in std):
             raise ValueError(f"mean {mean} and std {std}: expected as many, and std above 0")
         self.mean, self.std = (torch.tensor(values, dtype=torch.float32).view(1, -1, 1, 1) for values in (mean, std))
+        self._mean, self._std = tuple(mean), tuple(std)
 
     def __call__(self, images: Tensor, draws: Draws | None = None) -> Tensor:
-        if self.mean.device != images.device:
-            self.mean, self.std = self.mean.to(images.device), self.std.to(images.device)
-        if self.mean.shape[1] not in (1, images.shape[1]):
-            raise ValueError(f"mean has {self.mean.shape[1]} values, but images have {images.shape[1]} channels")
+        mean, std = _constant(self._mean, images.device), _constant(self._std, images.device)
+        if mean.shape[1] not in (1, images.shape[1]):
+            raise ValueError(f"mean has {mean.shape[1]} values, but images have {images.shape[1]} channels")
         if images.is_floating_point():
-            return images.sub(self.mean).div_(self.std)
-        return torch.sub(images, self.mean * 255).div_(self.std * 255)  # one pass less over the batch
+            return images.sub(mean).div_(std)
+        return torch.sub(images, mean * 255).div_(std * 255)  # one pass less over the batch
 
 
 class RandomHorizontalFlip:
@@ -214,6 +228,8 @@ class RandomCrop:
         if pad_if_needed:
             raise NotImplementedError
         self.height, self.width = (size, size) if isinstance(size, int) else size
+        if min(self.height, self.width) < 1:
+            raise ValueError(f"size={size}: expected height and width in pixels")
         sides = [padding or 0] if isinstance(padding, int) or padding is None else list(padding)
         self.left, self.top, self.right, self.bottom = {1: sides * 4, 2: sides * 2, 4: sides}[len(sides)]
         self.fill = _fill(fill)
@@ -238,15 +254,19 @@ class RandomCrop:
         if not (self.left or self.top or self.right or self.bottom):
             return images
         height, width = images.shape[2:]
+        _check_size(self.top + height + self.bottom, self.left + width + self.right)
         if self.source is not None:
-            rows = self.source(torch.arange(-self.top, height + self.bottom), height).to(images.device)
-            columns = self.source(torch.arange(-self.left, width + self.right), width).to(images.device)
+            rows = self.source(torch.arange(-self.top, height + self.bottom, device=images.device), height)
+            columns = self.source(torch.arange(-self.left, width + self.right, device=images.device), width)
             return images.index_select(2, rows).index_select(3, columns)
-        fill = self.fill if images.dtype == torch.uint8 else self.fill / 255
-        if fill.numel() == 1:
-            return torch.nn.functional.pad(images, [self.left, self.right, self.top, self.bottom], value=float(fill))
+        if len(self.fill) == 1:
+            number = torch.tensor(self.fill[0], dtype=torch.float32)  # on the CPU: to read it waits for nothing
+            value = float(number if images.dtype == torch.uint8 else number / 255)
+            return torch.nn.functional.pad(images, [self.left, self.right, self.top, self.bottom], value=value)
+        fill = _constant(self.fill, images.device)
+        fill = fill if images.dtype == torch.uint8 else fill / 255
         shape = (*images.shape[:2], self.top + height + self.bottom, self.left + width + self.right)
-        padded = fill.to(images.device, images.dtype).view(1, -1, 1, 1).expand(shape).contiguous()
+        padded = fill.to(images.dtype).expand(shape).contiguous()
         padded[:, :, self.top : self.top + height, self.left : self.left + width] = images
         return padded
 
@@ -297,7 +317,7 @@ class RandomRotation:
 
     def __call__(self, images: Tensor, draws: Draws) -> Tensor:
         angles = self.low + (self.high - self.low) * draws.uniform(1)[:, 0]
-        return rotate(images, angles, self.interpolation, self.fill / 255)
+        return rotate(images, angles, self.interpolation, _constant(self.fill, images.device) / 255)
 
 
 def rotate(images: Tensor, degrees: Tensor, interpolation: str, fill: Tensor) -> Tensor:
@@ -307,7 +327,7 @@ def rotate(images: Tensor, degrees: Tensor, interpolation: str, fill: Tensor) ->
         images: floats `[batch, channels, height, width]`.
         degrees: `[batch]`, on the CPU.
         interpolation: nearest or bilinear.
-        fill: value of what comes in from outside, `[1]` or `[channels]`.
+        fill: value of what comes in from outside, `[1]` or `[channels]` or more dimensions, on the images' device.
     """
     batch, channels, height, width = images.shape
     angle = degrees.double() * (math.pi / 180)
@@ -325,7 +345,7 @@ def rotate(images: Tensor, degrees: Tensor, interpolation: str, fill: Tensor) ->
         torch.cat([images, inside], 1), grid, mode=interpolation, padding_mode="zeros", align_corners=False
     )
     turned, inside = turned[:, :channels], turned[:, channels:]
-    fill = fill.to(images.device, images.dtype).view(1, -1, 1, 1)
+    fill = fill.to(images.dtype).view(1, -1, 1, 1)
     if interpolation == "nearest":
         return torch.where(inside < 0.5, fill, turned)
     return (turned - fill) * inside + fill  # torchvision's formula, which lets the edge fade
@@ -381,7 +401,7 @@ class RandomErasing:
         if self.value is None:
             value = _to(_normal(draws, channels * height * width), images.device).view_as(images)
         else:
-            value = self.value.to(images.device).view(1, -1, 1, 1)
+            value = _constant(self.value, images.device)
         return torch.where(rectangle, value, images)
 
 
@@ -447,7 +467,7 @@ def _grey(images: Tensor) -> Tensor:
     """Luma of ITU-R BT.601, `[batch, 1, height, width]`."""
     if images.shape[1] == 1:
         return images
-    return (images * images.new_tensor([0.2989, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1, keepdim=True)
+    return (images * _constant((0.2989, 0.587, 0.114), images.device)).sum(1, keepdim=True)
 
 
 def _brightness(images: Tensor, factor: Tensor) -> Tensor:
@@ -476,7 +496,7 @@ def _hue(images: Tensor, shift: Tensor) -> Tensor:
         torch.where(value == green, (blue - red) / divisor + 2, (red - green) / divisor + 4),
     )
     sixth = sixth + 6 * shift
-    phase = (images.new_tensor([5.0, 3.0, 1.0]).view(1, 3, 1, 1) + sixth).remainder(6)  # of red, green and blue
+    phase = (_constant((5.0, 3.0, 1.0), images.device) + sixth).remainder(6)  # of red, green and blue
     return (value - chroma * torch.minimum(phase, 4 - phase).clamp(0, 1)).clamp_(0, 1)
 
 
@@ -518,6 +538,7 @@ class Resize:
         shape = self.shape(*images.shape[2:])
         if shape == tuple(images.shape[2:]):
             return images
+        _check_size(*shape)
         if self.interpolation == "nearest":
             return torch.nn.functional.interpolate(images, shape, mode="nearest-exact")
         if images.device.type == "mps":  # has no antialiasing
@@ -546,9 +567,15 @@ def _range(given: Any, low: float = 0) -> tuple[float, float]:
     return least, most
 
 
-def _fill(value: Any) -> Tensor:
-    """`[1]` or `[channels]`."""
-    return torch.tensor([value] if isinstance(value, (int, float)) else list(value), dtype=torch.float32)
+def _fill(value: Any) -> tuple[float, ...]:
+    """One number, or one a channel."""
+    return tuple(float(one) for one in ([value] if isinstance(value, (int, float)) else value))
+
+
+def _check_size(height: int, width: int) -> None:
+    """Refuse to make an image that would fill the memory, whatever its transforms say."""
+    if height * width > MOST_PIXELS:
+        raise ValueError(f"it would make an image of {height}x{width} pixels; at most {MOST_PIXELS:,} are made")
 
 
 BATCH_TRANSFORMS: dict[str, Any] = {
@@ -611,6 +638,10 @@ def per_image(name: str, arguments: dict[str, Any]) -> PerImage | None:
     found = getattr(v2, name, None)
     if not (isinstance(found, type) and issubclass(found, v2.Transform)):
         return None
+    if not found.__module__.startswith("torchvision.transforms.v2.") or found is v2.Transform:
+        raise ValueError("it is not one of torchvision's transforms")
+    if found is v2.Lambda:
+        raise ValueError("it takes a function, which text cannot give; call it in a Dataset of your own")
     if name in ("MixUp", "CutMix"):
         raise ValueError("it mixes the samples of a batch; here a transform sees one image")
 
@@ -631,7 +662,14 @@ def per_image(name: str, arguments: dict[str, Any]) -> PerImage | None:
             raise ValueError(f"torchvision has no transform {inner!r}")
         return built.transform
 
-    return PerImage(found(**{key: plain(key, value) for key, value in arguments.items()}))
+    built = found(**{key: plain(key, value) for key, value in arguments.items()})
+    built.register_forward_hook(_check_result)  # of those in a list within it too
+    return PerImage(built)
+
+
+def _check_result(transform: Any, given: Any, result: Any) -> None:
+    if isinstance(result, Tensor) and result.ndim > 1:
+        _check_size(*result.shape[-2:])
 
 
 def name_and_arguments(entry: Any) -> tuple[str, dict[str, Any]]:
@@ -640,6 +678,48 @@ def name_and_arguments(entry: Any) -> tuple[str, dict[str, Any]]:
     if not isinstance(name, str) or not isinstance(arguments or {}, dict):
         raise ValueError(f"{entry!r}: expected Name or Name: {{argument: value}}")
     return name, arguments or {}
+
+
+def check_arguments(listed: Any) -> None:
+    """Refuse a list of transforms whose work or memory would have no bound.
+
+    Raises:
+        ValueError: a size, a number, a text or the list itself is too large, or a value is not plain.
+    """
+    waiting, seen = [("", listed, 0)], 0
+    while waiting:
+        name, value, level = waiting.pop()
+        inside = len(value) if isinstance(value, (dict, list)) else 0
+        seen += 1
+        if seen + len(waiting) + inside > MOST_VALUES or level > MOST_NESTED:
+            raise ValueError(f"it holds more than {MOST_VALUES:,} values, or more than {MOST_NESTED} levels of them")
+        if isinstance(value, dict):
+            for key in value:
+                _check_value("a name", key)
+                if not isinstance(key, str):
+                    raise ValueError(f"{key!r} is no name; expected Name or Name: {{argument: value}}")
+            waiting += [(key, one, level + 1) for key, one in value.items()]
+        elif isinstance(value, list):
+            if name in ("size", "target_size") and len(value) == 2 and all(isinstance(one, int) for one in value):
+                _check_size(*value)
+            waiting += [(f"{name} ", one, level + 1) for one in value]  # one of several: no square, if it is a size
+        else:
+            _check_value(name, value)
+
+
+def _check_value(name: str, value: Any) -> None:
+    """Refuse a number or text that is too large, and what is neither."""
+    if isinstance(value, str):
+        if len(value) > MOST_TEXT:
+            raise ValueError(f"{name.strip()} has {len(value):,} characters; expected at most {MOST_TEXT}")
+    elif isinstance(value, (int, float)):
+        most = MOST.get(name.strip(), MOST_NUMBER)
+        if not -most <= value <= most:  # so no NaN either
+            raise ValueError(f"{name.strip()}={str(value)[:20] if abs(value) < 1e99 else 'more'}: at most {most:,}")
+        if name.endswith("size"):
+            _check_size(int(value), int(value))
+    elif value is not None:
+        raise ValueError(f"{name.strip()} is {type(value).__name__}; expected numbers, texts and lists of them")
 
 
 def apply(transforms: Sequence[tuple[int, Any]], images: Tensor, draws: Draws | None) -> Tensor:
@@ -653,10 +733,14 @@ def apply(transforms: Sequence[tuple[int, Any]], images: Tensor, draws: Draws | 
             images = to_float(images)
         try:
             images = transform(images, draws.at(place)) if transform.random and draws else transform(images)
-        except (ValueError, TypeError, RuntimeError, IndexError) as error:
+        except Exception as error:  # torchvision's raise what comes; the cause is kept
+            if out_of_memory(error, len(images)):
+                raise
             name = type(transform.transform if isinstance(transform, PerImage) else transform).__name__
+            kind = "" if isinstance(error, (ValueError, TypeError, RuntimeError)) else f"{type(error).__name__}: "
             raise RunError(
-                f"transform {name} (number {place + 1}) does not fit images {list(images.shape[1:])}: {one_line(error)}"
+                f"transform {name} (number {place + 1}) does not fit images {list(images.shape[1:])}: "
+                f"{kind}{one_line(error)}"
             ) from error
     return images
 

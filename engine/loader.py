@@ -12,10 +12,12 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -29,6 +31,7 @@ from engine.augment import (
     PerImage,
     Resize,
     apply,
+    check_arguments,
     name_and_arguments,
     own_randomness,
     per_image,
@@ -37,9 +40,9 @@ from engine.augment import (
     to_float,
 )
 from engine.config import build, did_you_mean, locate
-from engine.errors import RequestError, RunError, one_line, printable
+from engine.errors import RequestError, RunError, one_line, out_of_memory, printable
 from engine.images import open_image, shown
-from engine.reader import Reader, Stream, Workers, cores
+from engine.reader import Reader, Stream, Workers, bar, cannot_be_read, cores, users_code
 from engine.runs import log
 from engine.shares import hold_out, spread
 
@@ -47,6 +50,7 @@ from engine.shares import hold_out, spread
 COMMON = ("val_fraction", "limit", "train_transforms", "eval_transforms", "target_transform", "steps_per_epoch")
 OF_FILES = ("skip_unreadable", "cache", "cache_dir")
 
+MOST_OF_STREAM = 1 << 24  # samples of a batch; of other data sets there are only so many
 AHEAD = 8192  # samples whose random numbers are drawn at once
 GATHER = 1 << 21  # bytes of float images that are made at once: small batches cost less together
 
@@ -246,16 +250,16 @@ def _from_cache(splits: dict[str, Split], settings: dict[str, Any]) -> dict[str,
                 files, first[0], Path(settings["cache_dir"]), bool(settings.get("skip_unreadable"))
             )
         images, unreadable = cached[id(files)]
-        bad = torch.tensor([int(row) in unreadable for row in split.indices.tolist()])  # type: ignore[union-attr]
         indices = split.indices
+        assert indices is not None
+        bad = torch.tensor([row in unreadable for row in indices.tolist()], dtype=torch.bool)
         if bad.any():
-            assert indices is not None
+            errors = [unreadable[row] for row in indices[bad].tolist()]
             if name != "train":
-                raise RequestError(f"{unreadable[int(indices[bad][0])]}; it is for {name}, where nothing is skipped")
-            print(
-                f"{int(bad.sum())} training images cannot be read and are left out; "
-                f"the first: {unreadable[int(indices[bad][0])]}"
-            )
+                told = cannot_be_read(errors, f"the {len(indices):,} images", training=False)
+                raise RequestError(f"{told} (in the {name} split, where nothing is skipped)")
+            several = f"{len(errors):,} training images cannot be read and are left out; the first: "
+            print((several if len(errors) > 1 else "a training image is left out: ") + printable(errors[0]), flush=True)
             indices = indices[~bad]
         result[name] = replace(split, part=(images, files.targets), indices=indices)
     return result
@@ -329,6 +333,10 @@ def parse_transforms(listed: Sequence[Any], option: str) -> list[Any]:
     Raises:
         RequestError: an unknown name or argument.
     """
+    try:
+        check_arguments(listed)
+    except ValueError as error:
+        raise RequestError(f"{option}: {one_line(error)}") from error
     transforms = []
     for entry in listed:
         name = entry
@@ -340,13 +348,13 @@ def parse_transforms(listed: Sequence[Any], option: str) -> list[Any]:
                 )
             except NotImplementedError:  # an argument that only torchvision's own has
                 transform = per_image(name, arguments)
-        except (TypeError, ValueError, KeyError, AttributeError) as error:
-            raise RequestError(f"{option}: {name} refuses its arguments: {one_line(error)}") from None
+        except Exception as error:  # of torchvision's classes each raises its own
+            raise RequestError(f"{option}: {name} refuses its arguments: {one_line(error)}") from error
         if transform is None:
             from torchvision.transforms import v2
 
             known = [*BATCH_TRANSFORMS, *(other for other in vars(v2) if other[0].isupper())]
-            raise RequestError(f"{option}: there is no transform {name!r}{did_you_mean(str(name), known)}")
+            raise RequestError(f"{option}: there is no transform {name!r}{did_you_mean(name, known)}")
         transforms.append(transform)
     return transforms
 
@@ -402,9 +410,16 @@ class Batches:
         self.together = self.batch_size  # samples that are gathered and transformed at once: whole batches
         self.workers: Workers | None = None
         self._stream: Stream | None = None
-        reader = Reader(split.part, parsed[:alone], self.seed, split.num_classes, training and split.skip_unreadable)
+        self._shape: tuple[int, int, int] | None = None
+        skip = training and split.skip_unreadable
+        reader = Reader(split.part, parsed[:alone], self.seed, split.num_classes, skip, training)
         self.reader = reader
         if split.indices is None:
+            if self.batch_size > MOST_OF_STREAM:
+                raise RequestError(
+                    f"batch_size={self.batch_size}: of {type(split.part).__name__}, which is iterable-style, "
+                    f"at most {MOST_OF_STREAM:,} samples are read for a batch"
+                )
             self._stream = Stream(reader)
         elif in_memory and alone == 0:
             self.resident = _place(split.part, device)
@@ -413,7 +428,8 @@ class Batches:
                 self.together *= max(1, GATHER // size)
         else:
             count = cores() if config["num_workers"] is None else config["num_workers"]
-            self.workers = Workers(reader, count, self.batch_size)
+            # More workers than batches would have nothing to do.
+            self.workers = Workers(reader, min(count, len(self)), min(self.batch_size, self.size))
             if isinstance(split.part, datasets.ImageFiles) and alone == 0:
                 _check_sizes(split, option)
 
@@ -421,10 +437,14 @@ class Batches:
         """Samples of an epoch, before the last batch is dropped or `limit_batches` cuts."""
         if self.training and self.split.sampler is not None:
             with own_randomness():
-                sampler = self.split.sampler(self.split.indices)  # type: ignore[arg-type]
+                with users_code("dataset: its sampler"):
+                    sampler = self.split.sampler(self.split.indices)  # type: ignore[arg-type]
                 if not hasattr(sampler, "__len__"):
                     raise RequestError(f"dataset: its sampler {type(sampler).__name__} has no length; give it one")
-                return len(sampler)  # type: ignore[arg-type]
+                count = len(sampler)  # type: ignore[arg-type]
+                if count == 0:
+                    raise RequestError(f"dataset: its sampler {type(sampler).__name__} gives no sample")
+                return count
         if self.training and self.split.indices is None:
             return (self.split.steps or 0) * self.batch_size
         return len(self.split)
@@ -446,10 +466,12 @@ class Batches:
         if self.training and self.split.sampler is not None:
             with own_randomness():
                 seed_everything(int(sample_seed(self.seed, epoch)))
-                places = torch.tensor([int(place) for place in self.split.sampler(indices)], dtype=torch.int64)
+                with users_code("dataset: its sampler"):
+                    places = torch.tensor([int(place) for place in self.split.sampler(indices)], dtype=torch.int64)
             if len(places) != self.size or not ((places >= 0) & (places < len(indices))).all():
+                found = f" from {int(places.min())} to {int(places.max())}" if len(places) else ""
                 raise RunError(
-                    f"dataset: its sampler gave {len(places)} places from {int(places.min())} to {int(places.max())}; "
+                    f"dataset: its sampler gave {len(places)} places{found}; "
                     f"expected {self.size}, from 0 to {len(indices) - 1}"
                 )
             return indices[places]
@@ -462,15 +484,32 @@ class Batches:
         """The batches of an epoch, from number `start` on.
 
         Raises:
-            RunError: samples that cannot be read, or do not fit together.
+            RunError: samples that cannot be read, or do not fit together or into memory.
         """
         if start and start >= len(self):
             return  # resumed where the last batch was done
+        with self._memory_told(self.batch_size):
+            yield from self._epoch(epoch, start)
+
+    @contextmanager
+    def _memory_told(self, samples: int) -> Iterator[None]:
+        """Tell in one line that there is not memory enough for a batch of so many."""
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            said = out_of_memory(error, samples)
+            if said is None:
+                raise
+            what = "a batch" if samples > 1 else "one image"
+            raise RunError(f"{said} ({what} for {self.device}: {one_line(error, 160)})") from error
+
+    def _epoch(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         target_transform = self.split.target_transform if self.training else None
         first = start * self.batch_size
         order = None if self._stream is not None else self.order(epoch)[first : len(self) * self.batch_size]
         if order is None:
             source = self._from_stream(epoch, start)
+            source = source if self.device.type == "cpu" else _on_device(source, self.device)
         elif self.resident is not None:
             source = self._gather(order)
         else:
@@ -479,8 +518,11 @@ class Batches:
         for images, labels in source:
             if self.draws:
                 if done % group == 0:
-                    numbers = torch.arange(first + done, first + done + group)  # a stream's samples are only numbered
-                    ahead = Draws(self.seed, epoch, numbers if order is None else order[done : done + group])
+                    if order is None:  # a stream's samples are only numbered
+                        index = torch.arange(first + done, first + done + group)
+                    else:
+                        index = order[done : done + group]
+                    ahead = Draws(self.seed, epoch, index)
                 images = apply(self.later, images, ahead.window(done % group, len(images)))
                 done += len(images)
             elif self.later:
@@ -497,34 +539,22 @@ class Batches:
         order = order.to(images.device)
         indices, labels = order.split(self.together), labels.index_select(0, order)
         batches = ((images.index_select(0, i), y) for i, y in zip(indices, labels.split(self.together), strict=True))
-        return batches if images.device.type == self.device.type else self._copied_ahead(batches)
+        return batches if images.device.type == self.device.type else _on_device(batches, self.device)
 
     def _read(self, epoch: int, order: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of samples that are read one at a time."""
         assert self.workers is not None
         skipped: list[str] = []
         batches = self._noting(self.workers.read(epoch, order.split(self.batch_size)), skipped)
-        yield from batches if self.device.type == "cpu" else self._copied_ahead(batches)
+        yield from batches if self.device.type == "cpu" else _on_device(batches, self.device)
         if skipped:
-            log.warning(f"epoch {epoch}: {len(skipped)} images could not be read and were skipped; first: {skipped[0]}")
+            images = "1 image" if len(skipped) == 1 else f"{len(skipped):,} images"
+            log.warning(f"epoch {epoch}: {images} could not be read and skipped; the first: {skipped[0]}")
 
     def _noting(self, batches: Iterable[Any], skipped: list[str]) -> Iterator[tuple[Tensor, Tensor]]:
         for images, labels, unread in batches:
             skipped.extend(unread)
             yield images, labels
-
-    def _copied_ahead(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of host memory on the device, each copied while the one before is used."""
-        waiting = None
-        for images, labels in batches:
-            if self.device.type == "cuda":  # only copies from pinned memory do not wait
-                images, labels = images.pin_memory(), labels.pin_memory()
-            following = images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
-            if waiting is not None:
-                yield waiting
-            waiting = following
-        if waiting is not None:
-            yield waiting
 
     def _from_stream(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of an iterable-style data set: training goes on where the last epoch ended, a test starts anew."""
@@ -538,17 +568,14 @@ class Batches:
         number = start
         while (last is None or number < last) and (found := list(islice(samples, self.batch_size))):
             index = torch.arange(len(found)) + number * self.batch_size
-            images, labels = self.reader.prepare(epoch, index, found)
-            yield images.to(self.device), labels.to(self.device)
+            yield self.reader.prepare(epoch, index, found)
             number += 1
 
     def _targets(self, transform: Callable[[Tensor, int], Tensor], labels: Tensor) -> Tensor:
-        try:
+        with users_code(f"dataset.target_transform of labels {list(labels.shape)}"):
             made = transform(labels, self.split.num_classes)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise RunError(
-                f"dataset.target_transform refuses labels {list(labels.shape)}: {one_line(error)}"
-            ) from error
+        if not isinstance(made, Tensor):
+            raise RunError(f"dataset.target_transform gave {type(made).__name__}; expected a tensor")
         return made.float() if made.ndim == 2 else made
 
     def sample_shape(self) -> tuple[int, int, int]:
@@ -557,34 +584,29 @@ class Batches:
         Raises:
             RequestError: no image can be read, or the transforms do not fit it.
         """
-        try:
-            if self._stream is not None:
-                found = next(self._stream.once(None), None)
-                if found is None:
-                    raise RunError(f"{type(self.split.part).__name__} gives no sample")
-                images, _ = self.reader.prepare(1, torch.zeros(1, dtype=torch.int64), [found])
-            else:
-                images, _ = self._first()
-            with own_randomness():
-                images = apply(self.later, images, Draws(self.seed, 1, torch.zeros(1, dtype=torch.int64)))
-        except RunError as error:
-            raise RequestError(str(error)) from None
-        return tuple(images.shape[1:])  # type: ignore[return-value]
-
-    def _first(self) -> tuple[Tensor, Tensor]:
-        """The first sample that can be read, on the device."""
-        assert self.split.indices is not None
-        if self.resident is not None:
-            images, labels = self.resident
-            return images[self.split.indices[:1].to(images.device)].to(self.device), labels[:1]
-        for index in self.split.indices.split(1):
+        if self._shape is None:
             try:
-                images, labels, _ = self.reader.read(1, index)
-                return images.to(self.device), labels
-            except RunError:
-                if not self.reader.skip_unreadable:
-                    raise
-        raise RunError(f"none of the {len(self.split)} images can be read")
+                with own_randomness(), self._memory_told(1):
+                    images = apply(self.later, self._first(), Draws(self.seed, 1, torch.zeros(1, dtype=torch.int64)))
+            except RunError as error:
+                raise RequestError(str(error)) from error
+            self._shape = tuple(images.shape[1:])  # type: ignore[assignment]
+        return self._shape  # type: ignore[return-value]
+
+    def _first(self) -> Tensor:
+        """The first image that can be read, `[1, channels, height, width]`, on the device."""
+        if self._stream is not None:
+            found = next(self._stream.once(None), None)
+            if found is None:
+                raise RunError(f"{type(self.split.part).__name__} gives no sample")
+            return self.reader.prepare(1, torch.zeros(1, dtype=torch.int64), [found])[0].to(self.device)
+        indices = self.split.indices
+        assert indices is not None
+        if self.resident is not None:
+            images = self.resident[0]
+            return images[indices[:1].to(images.device)].to(self.device)
+        assert self.workers is not None
+        return self.workers.first(1, indices).to(self.device)
 
 
 def _run_alone(transforms: Sequence[Any], in_memory: bool) -> int:
@@ -605,7 +627,7 @@ def _run_alone(transforms: Sequence[Any], in_memory: bool) -> int:
 def _check_sizes(split: Split, option: str) -> None:
     """Without a Resize, images of files must have one size; their headers tell before any is decoded."""
     files, first = split.part, None
-    for index in split.indices.tolist():  # type: ignore[union-attr]
+    for index in bar(split.indices.tolist(), "looking at the images' sizes"):  # type: ignore[union-attr]
         path = str(files.paths[index])
         try:
             with open_image(path) as image:
@@ -621,9 +643,61 @@ def _check_sizes(split: Split, option: str) -> None:
         first = first or (size, path)
 
 
+_placed: WeakValueDictionary[tuple[int, torch.device], Tensor] = WeakValueDictionary()  # in use on a device
+
+
 def _place(part: tuple[Tensor, Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Samples on the device where they fit into half of its free memory, else where they are."""
-    images, labels = part
-    if device.type == "cpu" or (device.type == "cuda" and images.numel() > torch.cuda.mem_get_info(device)[0] // 2):
-        return images, labels
-    return images.to(device), labels.to(device)
+    """Samples on the device where they fit into half of its free memory, else where they are.
+
+    Training and validation samples are of one part, which is placed once.
+    """
+    if device.type == "cpu":
+        return part
+    size, known = part[0].numel(), (id(part[0]), device) in _placed
+    if device.type == "cuda" and not known and size > torch.cuda.mem_get_info(device)[0] // 2:
+        return part
+    copies = []
+    for tensor in part:
+        key = id(tensor), device  # whoever uses the copy holds the tensor too, so this stays its name
+        copy = _placed.get(key)
+        copies.append(tensor.to(device) if copy is None else copy)
+        _placed[key] = copies[-1]
+    return copies[0], copies[1]
+
+
+def _on_device(batches: Iterable[tuple[Tensor, Tensor]], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of host memory on a device; to CUDA each is copied while the one before is used.
+
+    Only there: on MPS a copy that does not wait may read memory that is no longer what it was.
+    """
+    if device.type != "cuda":
+        for images, labels in batches:
+            yield images.to(device), labels.to(device)
+        return
+    for moved, arrived in _one_ahead(_started_copies(batches, device)):
+        user = torch.cuda.current_stream(device)
+        user.wait_event(arrived)
+        for tensor in moved:
+            tensor.record_stream(user)  # its memory is not used again before the user's work is done
+        yield moved[0], moved[1]
+
+
+def _started_copies(batches: Iterable[tuple[Tensor, Tensor]], device: torch.device) -> Iterator[Any]:
+    """(images and labels, the event of their arrival), copied on a stream of their own beside the arithmetic."""
+    stream = torch.cuda.Stream(device)
+    for batch in batches:
+        pinned = [tensor.pin_memory() for tensor in batch]  # only copies from such memory do not wait
+        with torch.cuda.stream(stream):
+            moved = [tensor.to(device, non_blocking=True) for tensor in pinned]
+            arrived = stream.record_event()
+        yield moved, arrived
+
+
+def _one_ahead(items: Iterable[Any]) -> Iterator[Any]:
+    """The same items, each of them asked for before the one before it is given."""
+    held: list[Any] = []
+    for item in items:
+        held.append(item)
+        if len(held) == 2:
+            yield held.pop(0)
+    yield from held

@@ -1,7 +1,10 @@
 """Transforms: a function of (seed, epoch, index) for each sample, and torchvision's results for the same parameters."""
 
+from typing import ClassVar
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms.v2 import functional as tv
 
 from engine.augment import (
@@ -207,6 +210,42 @@ def test_any_torchvision_transform_draws_per_sample_and_leaves_the_generators_al
 @pytest.mark.parametrize(
     ("name", "arguments"),
     [
+        ("Normalize", {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4]}),
+        ("Resize", {"size": [12, 12]}),
+        *RANDOM.items(),
+        ("RandomCrop", {"size": 12, "padding": 3, "fill": [1, 2, 3]}),
+        ("RandomCrop", {"size": 12, "padding": 3, "padding_mode": "reflect"}),
+        ("RandomRotation", {"degrees": 45, "fill": [1, 2, 3]}),
+        ("RandomErasing", {"p": 0.8, "value": [1, 2, 3]}),
+    ],
+)
+def test_nothing_is_copied_to_the_device_in_every_batch(name, arguments, monkeypatch):  # each copy waits for it
+    class Copies(TorchDispatchMode):
+        found: ClassVar[list[str]] = []
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor) and result.device.type == "meta":
+                self.found += [str(function) for a in args if isinstance(a, torch.Tensor) and a.device.type == "cpu"]
+            return result
+
+    # What is drawn goes there from pinned memory, which does not wait.
+    def pinned(numbers, device):
+        return torch.empty(numbers.shape, dtype=numbers.dtype, device=device)
+
+    monkeypatch.setattr("engine.augment._to", pinned)
+    transform = BATCH_TRANSFORMS[name](**arguments)
+    images = torch.zeros(20, 3, 16, 20, device="meta")
+    draws = Draws(0, 1, torch.arange(20))
+    transform(images, draws.at(0))
+    with Copies():
+        assert transform(images, draws.at(0)).device.type == "meta"
+    assert Copies.found == []
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
         ("RandomHorizontalFlip", {"p": 1.5}),
         ("Normalize", {"mean": [0.5], "std": [0.0]}),
         ("RandomRotation", {"degrees": [20, 10]}),
@@ -215,6 +254,7 @@ def test_any_torchvision_transform_draws_per_sample_and_leaves_the_generators_al
         ("ColorJitter", {"brightness": -1}),
         ("RandomErasing", {"scale": [0.5, 1.5]}),
         ("Resize", {"size": 0}),
+        ("RandomCrop", {"size": [8, 0]}),
     ],
 )
 def test_arguments_that_make_no_sense_are_refused(name, arguments):

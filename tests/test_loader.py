@@ -1,12 +1,19 @@
 """From samples to batches: the same for any number of workers, batch size and start, and one line when it cannot be."""
 
+import gc
+import io
 import json
+import multiprocessing
+import multiprocessing.forkserver
 import os
 import random
 import re
+import resource
 import signal
 import subprocess
 import sys
+import time
+import traceback
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +24,13 @@ from torch import nn
 from torch.utils.data import Dataset, IterableDataset, WeightedRandomSampler
 
 import datasets
+import engine.loader
+import engine.reader
+from engine.augment import Draws, Resize
+from engine.cache import _locked, cached_images
 from engine.errors import RequestError, RunError
-from engine.loader import Batches, load_splits, parse_transforms
+from engine.loader import Batches, _on_device, _one_ahead, load_splits, parse_transforms
+from engine.reader import Reader, Workers
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -179,20 +191,59 @@ def test_every_batch_begins_at_a_multiple_of_64_bytes(function):  # else a resum
         assert images.data_ptr() % 64 == 0
 
 
-def test_samples_that_do_not_fit_on_the_device_are_copied_one_batch_ahead():
-    batches = batches_of(settings("in_memory"), batch_size=16)
-    pairs = list(batches.epoch(1))
+def test_batches_for_cuda_are_asked_for_one_ahead():
     asked = []
 
     def source():
-        for number, pair in enumerate(pairs):
+        for number in range(4):
             asked.append(number)
-            yield pair
+            yield number
 
-    for number, (images, _labels) in enumerate(batches._copied_ahead(source())):
-        assert torch.equal(images, pairs[number][0])
-        assert len(asked) == min(number + 2, len(pairs))
-    assert number == len(pairs) - 1
+    for number in _one_ahead(source()):
+        assert asked == list(range(min(number + 2, 4)))
+    assert number == 3 and list(_one_ahead(iter(()))) == []
+
+
+def test_only_cuda_is_sent_batches_without_waiting(monkeypatch):  # on MPS they would arrive damaged
+    waits = []
+    copy = torch.Tensor.to
+
+    def to(tensor, *arguments, **given):
+        waits.append(not given.get("non_blocking") and len(arguments) < 3)
+        return copy(tensor, *arguments, **given)
+
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    pairs = [(torch.zeros(2, 1, 3, 3), torch.zeros(2, dtype=torch.int64))] * 3
+    assert [images.device.type for images, _ in _on_device(pairs, torch.device("meta"))] == ["meta"] * 3
+    assert len(waits) == 6 and all(waits)
+
+
+def test_samples_of_one_part_are_placed_on_the_device_once():
+    splits, _ = load_splits(settings("in_memory", val_fraction=0.2))
+    placed = [Batches(splits[name], [], RUN, torch.device("meta")).resident for name in ("train", "val", "test")]
+    for train, val, test in zip(*placed, strict=True):
+        assert train.device.type == "meta" and train is val and train is not test
+    del placed, train, val, test
+    gc.collect()
+    assert not engine.loader._placed  # nothing is kept longer than it is used
+
+
+def many():
+    """20,000 images of two pixels, of which the right one is brighter."""
+    images = torch.tensor([10, 20], dtype=torch.uint8).expand(20_000, 1, 1, 2).clone()
+    labels = torch.arange(20_000) % 5
+    return datasets.ImageData((images, labels), (images[:10], labels[:10]), list("abcde"))
+
+
+@pytest.mark.parametrize(("size", "start"), [(100, 0), (100, 80), (5001, 1), (9001, 0), (64, 120)])
+def test_each_of_many_samples_has_the_draw_of_its_own(size, start):
+    batches = batches_of(settings("many", train_transforms=["RandomHorizontalFlip"]), batch_size=size, seed=3)
+    flipped = torch.cat([images[:, 0, 0, 0] > images[:, 0, 0, 1] for images, _ in batches.epoch(2, start)])
+    order = batches.order(2)[start * size :]
+    assert len(flipped) == len(order) > 10_000
+    for place in [0, 8191, 8192, 8193, *range(7000, len(order), 97)]:
+        alone = Draws(3, 2, order[place : place + 1]).at(0).uniform(1)  # for this sample and no other
+        assert bool(flipped[place]) == bool(alone[0, 0] < 0.5)
 
 
 def test_label_transform_for_training_only():
@@ -307,9 +358,243 @@ def test_a_users_dataset_draws_the_same_in_any_worker():
 def test_batches_from_workers_stay_what_they_are():  # also when the memory that they came in is used again
     batches = batches_of(settings("drawing"), num_workers=2, batch_size=3)
     held, expected = list(batches.epoch(1)), list(batches_of(settings("drawing"), batch_size=3).epoch(1))
-    assert len(held) > 2 * batches.workers.AHEAD + 1 and batches.workers.slots is not None
+    assert len(held) > 2 * batches.workers.AHEAD + 1 and batches.workers.slots.memory is not None
     for (images, labels), (same, same_labels) in zip(held, expected, strict=True):
         assert torch.equal(images, same) and torch.equal(labels, same_labels)
+
+
+# --- files that a Dataset holds open
+
+
+class Lazy(Dataset):
+    """Opens a plain file on first use and holds it open, as those of HDF5, LMDB or tar do."""
+
+    targets = tuple(i % 4 for i in range(150))
+
+    def __init__(self, path):
+        self.path, self.file = path, None
+
+    def __len__(self):
+        return 150
+
+    def __getitem__(self, index):
+        if self.file is None:
+            self.file = open(self.path, "rb", buffering=0)  # noqa: SIM115
+        self.file.seek(index * 12)
+        time.sleep(0.0003)  # in which another process that shares the file would move its place
+        return torch.frombuffer(bytearray(self.file.read(12)), dtype=torch.uint8).view(3, 2, 2), self.targets[index]
+
+
+def lazy(path):
+    part = Lazy(path)
+    return datasets.ImageData(part, part, list("abcd"))
+
+
+def test_a_file_that_a_dataset_opens_on_first_use_is_opened_in_each_worker(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (150, 3, 2, 2), dtype=np.uint8)
+    (tmp_path / "pixels").write_bytes(pixels.tobytes())
+    expected = torch.from_numpy(pixels).float() / 255
+    splits, _ = load_splits(settings("lazy", path=str(tmp_path / "pixels"), val_fraction=0.2))
+    run = {**RUN, "num_workers": 3}
+    several = [Batches(splits[name], [], run, CPU, training=name == "train") for name in ("train", "val", "test")]
+    assert [batches.sample_shape() for batches in several] == [(3, 2, 2)] * 3
+    started = [worker.pid for worker in several[0].workers.loader._iterator._workers]
+    for epoch in (1, 2):
+        for batches in several:
+            images = torch.cat([images for images, _ in batches.epoch(epoch)])
+            assert torch.equal(images, expected[batches.order(epoch)])
+    assert splits["train"].part.file is None  # nothing was read here
+    assert started == [worker.pid for worker in several[0].workers.loader._iterator._workers]
+    alone = Batches(splits["train"], [], RUN, CPU, training=True)
+    assert torch.equal(torch.cat([images for images, _ in alone.epoch(1)]), expected[alone.order(1)])
+
+
+@pytest.fixture
+def forkserver():
+    """Workers are started as Python 3.14 does on Linux; their server has imported torch already."""
+    import processes  # noqa: F401
+
+    before = multiprocessing.get_start_method(allow_none=True)
+    multiprocessing.set_start_method("forkserver", force=True)
+    multiprocessing.forkserver.ensure_running()
+    yield
+    multiprocessing.set_start_method(before, force=True)
+
+
+def test_workers_that_are_not_forked_give_the_same_batches_through_the_same_memory(forkserver, photos, monkeypatch):
+    in_slots = []
+    answers = Workers._answers
+
+    def noted(self, asked):
+        for answer in answers(self, asked):
+            in_slots.append(isinstance(answer[0], int))
+            yield answer
+
+    monkeypatch.setattr(Workers, "_answers", noted)
+    for given in (settings("drawing"), photo_settings(photos, train_transforms=AUGMENTED)):
+        alone = batches_of(given)
+        batches = batches_of(given, num_workers=2)
+        assert batches.sample_shape() == alone.sample_shape()
+        in_slots.clear()
+        for epoch in (1, 2):
+            for one, other in zip(batches.epoch(epoch), alone.epoch(epoch), strict=True):
+                assert all(map(torch.equal, one, other))
+        assert in_slots and all(in_slots)
+
+
+class Unsendable(Drawing):
+    def __init__(self):
+        self.file = open(os.devnull)  # noqa: SIM115
+
+
+def unsendable():
+    return datasets.ImageData(Unsendable(), Unsendable(), list("abcd"))
+
+
+def test_a_dataset_that_cannot_be_sent_to_a_worker_is_told(forkserver):
+    with pytest.raises(
+        RunError, match=r"^Unsendable cannot be sent to worker processes \(cannot pickle .*num_workers=0"
+    ):
+        list(batches_of(settings("unsendable"), num_workers=1).epoch(1))
+
+
+def test_no_more_workers_are_started_than_there_are_batches():
+    batches = batches_of(settings("drawing"), num_workers=50, batch_size=16, limit_batches=2)
+    assert len(list(batches.epoch(1))) == 2 and len(batches.workers.loader._iterator._workers) == 2
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_batch_larger_than_any_number_of_samples_is_all_of_them(workers):
+    for function in ("drawing", "in_memory"):
+        given = settings(function, train_transforms=["RandomVerticalFlip"])
+        [(images, _)] = batches_of(given, num_workers=workers, batch_size=2**63 - 1, limit_batches=2**63 - 1).epoch(1)
+        assert len(images) in (40, 50)
+    with pytest.raises(RequestError, match=r"batch_size=99999999999: of Stream, .* at most 16,777,216 samples"):
+        batches_of(settings("stream", steps_per_epoch=2), batch_size=99999999999)
+
+
+def test_an_epoch_is_not_mixed_with_a_later_one():
+    batches = batches_of(settings("drawing"), num_workers=2)
+    first = batches.epoch(1)
+    next(first)
+    next(batches.epoch(2))
+    with pytest.raises(RuntimeError, match="cannot go on"):
+        next(first)
+
+
+# --- what a Dataset raises
+
+
+class Faulty(Drawing):
+    """Sample 7 is not as its author thought."""
+
+    def __getitem__(self, index):
+        if index == 7:
+            {}["caption"]
+        return super().__getitem__(index)
+
+
+class FaultyStream(IterableDataset):
+    def __iter__(self):
+        yield torch.zeros(1, 2, 2), 0
+        raise ZeroDivisionError("nothing left")
+
+
+def faulty():
+    return datasets.ImageData(Faulty(), Faulty(), list("abcd"))
+
+
+def faulty_stream():
+    return datasets.ImageData(FaultyStream(), FaultyStream(), list("abcd"))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_a_users_dataset_raises_is_one_line_with_its_place_and_the_cause(workers):
+    line = next(n for n, text in enumerate(Path(__file__).read_text().splitlines(), 1) if '{}["caption"]' in text)
+    says = rf"^sample 7 of Faulty raised KeyError: 'caption' \(test_loader\.py:{line}\)$"
+    with pytest.raises(RunError, match=says) as told:
+        list(batches_of(settings("faulty"), num_workers=workers).epoch(1))
+    cause = "".join(traceback.format_exception(told.value))
+    assert '{}["caption"]' in cause and "KeyError: 'caption'" in cause
+
+
+def test_what_a_users_stream_raises_is_one_line():
+    batches = batches_of(settings("faulty_stream", steps_per_epoch=2))
+    with pytest.raises(RunError, match=r"^sample 1 of FaultyStream raised ZeroDivisionError: nothing left \(test_load"):
+        list(batches.epoch(1))
+
+
+class Memory(Drawing):
+    """The sample that it is given."""
+
+    def __init__(self, sample):
+        self.sample = sample
+
+    def __getitem__(self, index):
+        return self.sample
+
+
+@pytest.mark.parametrize(
+    ("label", "says"),
+    [
+        ("cat", r"label 'cat'; expected 0 to 3"),
+        (1.5, r"label 1\.5; expected 0 to 3"),
+        (float("nan"), r"label nan"),
+        (None, r"label None"),
+        ([1, 2], r"label \[1, 2\]"),
+        (10**30, r"label 1000"),
+    ],
+)
+def test_labels_that_are_none(label, says):
+    reader = Reader(Memory((torch.zeros(1, 2, 2), label)), [], 0, 4, False)
+    with pytest.raises(RunError, match=rf"^sample 3 of Memory has {says}"):
+        reader.read(1, torch.tensor([3]))
+
+
+def test_a_palette_is_not_taken_for_colours():
+    picture = Image.new("RGB", (4, 4), "red").convert("P")
+    with pytest.raises(RunError, match=r"a Pillow image with a palette; .*convert\('RGB'\)"):
+        Reader(Memory((picture, 0)), [], 0, 4, False).read(1, torch.tensor([3]))
+
+
+class Hungry:
+    """Wants more memory than there is, for so many images."""
+
+    needs_float = random = False
+
+    def __init__(self, images):
+        self.images = images
+
+    def __call__(self, images):
+        return torch.empty(1 << 55, dtype=torch.uint8) if len(images) >= self.images else images
+
+
+@pytest.mark.parametrize(
+    ("images", "says"),
+    [
+        (2, r"^out of memory with batch_size=8; try batch_size=4 \(a batch for cpu: .*allocate"),
+        (1, r"^out of memory .*; try .*smaller images \(one image for cpu: "),
+    ],
+)
+def test_out_of_memory_is_told_as_such(images, says, monkeypatch):
+    monkeypatch.setitem(engine.loader.BATCH_TRANSFORMS, "Hungry", Hungry)
+    with pytest.raises(RunError, match=says):
+        list(batches_of(settings("in_memory", train_transforms=[{"Hungry": {"images": images}}])).epoch(1))
+
+
+def failing(labels, num_classes):
+    raise LookupError("no such class")
+
+
+def test_a_label_transform_that_fails_is_one_line():
+    given = settings("in_memory", target_transform=f"{__name__}.failing")
+    with pytest.raises(
+        RunError, match=r"target_transform of labels \[8\] raised LookupError: no such class \(test_load"
+    ):
+        list(batches_of(given).epoch(1))
+
+
+# --- what else a Dataset may have
 
 
 def test_targets_make_the_validation_part_stratified(capsys):
@@ -395,6 +680,97 @@ def test_transforms_that_do_not_exist(listed, says):
         parse_transforms(listed, "dataset.train_transforms")
 
 
+def nested(levels):
+    entry = "RandomHorizontalFlip"
+    for _ in range(levels):
+        entry = {"RandomApply": {"transforms": [entry]}}
+    return entry
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"Resize": {"size": [65_000, 65_000]}},
+        {"Resize": {"size": 65_000}},
+        {"Resize": {"size": [16_000, 16_000]}},
+        {"Resize": {"size": 10**400}},
+        {"RandomCrop": {"size": 10**9, "padding": 10**9}},
+        {"RandomCrop": {"size": 32, "padding": 10**6}},
+        {"RandomCrop": {"size": 9000, "pad_if_needed": True}},
+        {"CenterCrop": {"size": 9000}},
+        {"Pad": {"padding": 10**9}},
+        {"Pad": {"padding": [1, 10**9]}},
+        {"RandomZoomOut": {"side_range": [1, 10_000]}},
+        {"GaussianBlur": {"kernel_size": 16_001}},
+        {"ElasticTransform": {"sigma": 10_000}},
+        {"RandAugment": {"num_ops": 10_000}},
+        {"Normalize": {"mean": [0.5] * 10**6, "std": [0.5] * 10**6}},
+        {"Normalize": {"mean": [float("nan")], "std": [float("inf")]}},
+        {"RandomErasing": {"value": "r" * 10**6}},
+        {"Resize": {"size": {"height": {"of": 3}}}},
+        {"x" * 10**6: {}},
+        {"Resize": {"size": 3}, "y" * 10**6: 3},
+        {"Resize": {"size": torch.zeros(3)}},
+        {"Resize": {5: 3}},
+        {7: {"size": 3}},
+        nested(6),
+        nested(10_000),
+        [[[["Resize"]]]],
+        {"Lambda": {"lambd": "os.system"}},
+        "Transform",
+        {"RandomApply": {"transforms": "Lambda"}},
+        {"RandomApply": {"transforms": [{"Lambda": {"lambd": "print"}}]}},
+        {"RandomChoice": {"transforms": [{"CutMix": {"num_classes": 3}}]}},
+        {"functional.pad": {"padding": 3}},
+        {"AutoAugment": {"interpolation": "torch.load"}},
+        {"ToDtype": {"dtype": "torch.hub.load", "scale": True}},
+    ],
+)
+def test_transforms_without_a_bound_or_that_run_code_are_refused(entry):
+    with pytest.raises(RequestError) as refused:
+        batches_of(settings("in_memory", train_transforms=["RandomHorizontalFlip", entry])).sample_shape()
+    assert str(refused.value).startswith(("dataset.train_transforms: ", "transform "))
+    assert len(str(refused.value)) < 500 and str(refused.value).isprintable()
+
+
+def test_a_list_of_transforms_of_a_million_entries_is_refused():
+    with pytest.raises(RequestError, match=r"more than 1,000 values"):
+        parse_transforms(["RandomHorizontalFlip"] * 10**6, "dataset.train_transforms")
+
+
+def test_ordinary_transforms_are_within_the_bounds():
+    listed = [
+        {"Resize": {"size": [7000, 7000]}},
+        {
+            "RandomApply": {
+                "transforms": [nested(2), {"GaussianBlur": {"kernel_size": 23, "sigma": [0.1, 2.0]}}],
+                "p": 0.3,
+            }
+        },
+        {"RandomChoice": {"transforms": ["TrivialAugmentWide", {"RandAugment": {"num_ops": 2, "magnitude": 9}}]}},
+        {"ToDtype": {"dtype": "torch.float32", "scale": True}},
+        {"Pad": {"padding": [4, 4], "fill": 255}},
+        {"Normalize": {"mean": [0.5] * 13, "std": [0.5] * 13}},
+    ]
+    assert len(parse_transforms(listed, "dataset.train_transforms")) == 6
+
+
+@pytest.mark.parametrize(
+    "listed",
+    [
+        [{"Resize": {"size": 8000}}],  # the shorter side: of 12x120, 8000x80000
+        [{"Pad": {"padding": 4000}}, "RandomHorizontalFlip", {"Pad": {"padding": 4000}}],
+        [{"RandomApply": {"transforms": [{"Pad": {"padding": 4000}}, {"Pad": {"padding": 4000}}], "p": 1.0}}],
+        [{"RandomCrop": {"size": 8, "padding": 4000, "fill": [1, 2, 3]}}],
+    ],
+)
+def test_an_image_that_its_transforms_would_make_too_large_is_refused(listed):
+    with pytest.raises(RunError, match=r"it would make an image of \d+x\d+ pixels; at most 64,000,000"):
+        Reader(
+            (torch.zeros(1, 1, 12, 120, dtype=torch.uint8), torch.zeros(1)), parse_transforms(listed, "x"), 0, 2, False
+        ).read(1, torch.tensor([0]))
+
+
 def test_transforms_that_do_not_fit_the_images():
     given = settings(
         "in_memory", train_transforms=[{"Normalize": {"mean": [0.5], "std": [0.5]}}, {"RandomCrop": {"size": 99}}]
@@ -432,11 +808,30 @@ def test_an_unreadable_image_stops_training_or_is_skipped_and_counted(broken, wo
         list(batches_of(given, num_workers=workers).epoch(1))
     batches = batches_of({**given, "skip_unreadable": True}, num_workers=workers)
     sizes = [len(labels) for _, labels in batches.epoch(1)]
-    assert (
-        sizes == [8, 8, 2] and "1 images could not be read and were skipped" in caplog.text and str(bad) in caplog.text
-    )
+    assert sizes == [8, 8, 2] and "1 image could not be read and skipped" in caplog.text and str(bad) in caplog.text
     clean = whole_epoch(batches_of({**given, "skip_unreadable": True}, num_workers=2 - workers))
     assert torch.equal(whole_epoch(batches)[0], clean[0])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_error_says_how_many_images_are_bad_and_the_way_out(photos, broken, workers):
+    top, _bad = broken
+    given = photo_settings(top, train_transforms=[RESIZE], test_fraction=0.1)
+    batches = batches_of(given, num_workers=workers, batch_size=64)
+    says = r"^\S+: cannot be read as an image \(.*\); replace or remove it; "
+    with pytest.raises(RunError, match=says + r"dataset\.skip_unreadable=true leaves it out of training$"):
+        list(batches.epoch(1))
+    for path in [path for path in batches.split.part.paths.tolist() if "/red/" in path][:2]:
+        Path(path).write_bytes(b"none")
+    count = len(batches.split)
+    way_out = r"dataset\.skip_unreadable=true leaves them out of training$"
+    with pytest.raises(RunError, match=says + rf"3 of the {count} images of this batch cannot be read; " + way_out):
+        list(batches.epoch(1))
+    with pytest.raises(RunError, match=says + rf"3 of the {count} images of this batch cannot be read$"):
+        list(Batches(batches.split, [RESIZE], {**RUN, "batch_size": 64}, CPU).epoch(1))
+    with pytest.raises(RequestError, match=says + rf"3 of the {count} images cannot be read; " + way_out):
+        load_splits({**given, "cache": True, "cache_dir": str(top / "cache"), "eval_transforms": [RESIZE]})
+    assert list((top / "cache").iterdir()) == []
 
 
 def test_nothing_is_skipped_in_evaluation(broken):
@@ -494,7 +889,7 @@ def test_a_cache_that_no_longer_fits_is_made_again_with_a_line(broken, tmp_path,
     capsys.readouterr()
     batches = batches_of(given, transforms=[RESIZE], split="test" if in_test(top, other) else "train", training=False)
     told = capsys.readouterr().out
-    assert "their cache no longer fits them (1 files differ, the first is " in told and "red/b.png" in told
+    assert "their cache no longer fits them (" in told and "red/b.png differs)" in told
     assert any((images == 1).flatten(1).all(1).any() for images, _ in batches)
     assert len(list((tmp_path / "cache").glob("*.uint8"))) == 2
     data = next((tmp_path / "cache").glob("*.uint8"))
@@ -513,7 +908,185 @@ def test_unreadable_images_and_the_cache(broken, tmp_path, capsys):
         load_splits(cached(top, tmp_path / "cache"))
     assert not list((tmp_path / "cache").iterdir())
     splits, _ = load_splits(cached(top, tmp_path / "cache", skip_unreadable=True))
-    assert len(splits["train"]) == 17 and "1 training images cannot be read and are left out" in capsys.readouterr().out
+    assert len(splits["train"]) == 17 and "a training image is left out: " in capsys.readouterr().out
+
+
+def test_the_first_images_may_be_unreadable_where_workers_make_the_cache(broken, monkeypatch, tmp_path):
+    top, _bad = broken
+    monkeypatch.setattr("engine.cache.BATCH", 2)
+    monkeypatch.setattr("engine.cache.cores", lambda: 2)
+    files = datasets.image_folder(str(top), 0.1, 3, 10**6).train
+    Path(str(files.paths[0])).write_bytes(b"none")
+    images, unreadable = cached_images(files, Resize([16, 16]), tmp_path / "cache", True)
+    assert 0 in unreadable and not images[0].any() and images[2].any()
+
+
+def test_a_changed_picture_is_cached_anew_by_its_time_alone(tmp_path, capsys):
+    for name in ("ant", "bee"):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        for number in range(4):
+            Image.new("RGB", (4, 4), (50, 50, 50)).save(tmp_path / f"pictures/{name}/{number}.bmp")
+    given = cached(tmp_path / "pictures", tmp_path / "cache", train_transforms=[], eval_transforms=[])
+    splits, _ = load_splits(given)
+    path = Path(datasets.image_folder(str(tmp_path / "pictures"), 0.25, 3, 10**6).train.paths[1])
+    status = path.stat()
+    Image.new("RGB", (4, 4), (200, 100, 0)).save(path)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1))  # a nanosecond later
+    assert path.stat().st_size == status.st_size
+    assert (splits["train"].part[0][1] == 50).all()
+    capsys.readouterr()
+    splits, _ = load_splits(given)
+    assert splits["train"].part[0][1, :, 0, 0].tolist() == [200, 100, 0]
+    assert f"{path.parent.name}/{path.name} differs" in capsys.readouterr().out
+
+
+def test_the_cache_as_it_is_typed_with_its_default_folder(photos, tmp_path, call):
+    typed = ["dataset=image_folder", f"dataset.root={photos}", "dataset.cache=true", "num_workers=2"]
+    typed += ["epochs=1", "batch_size=8", "model.hidden=[4]"]
+    first, second = call("train", *typed, "name=one"), call("train", *typed, "name=two")
+    assert first.code == second.code == 0, first.err + second.err
+    assert first.out.count("caching ") == 2 and "caching" not in second.out
+    assert sorted(path.suffix for path in (tmp_path / "data" / "cache").iterdir()) == [
+        ".json",
+        ".json",
+        ".uint8",
+        ".uint8",
+    ]
+    weights = [
+        torch.load(tmp_path / f"checkpoints/{name}/best.pt", weights_only=True)["model"] for name in ("one", "two")
+    ]
+    assert call("train", *typed[:2], *typed[3:], "name=three").code == 0
+    weights.append(torch.load(tmp_path / "checkpoints/three/best.pt", weights_only=True)["model"])
+    assert all(torch.equal(one[name], weights[2][name]) for one in weights for name in one)
+
+
+def _load_alone(given, out):
+    """In a process of its own: `load_splits`, what it prints in the file `out`."""
+    descriptor = os.open(out, os.O_WRONLY | os.O_CREAT)
+    os.dup2(descriptor, 1)
+    sys.stdout = os.fdopen(1, "w", buffering=1)
+    try:
+        splits, _ = load_splits(given)
+        print("train", splits["train"].part[0].long().sum().item())
+    except RunError as error:
+        print("error:", error)
+
+
+def loading(given, out):
+    child = multiprocessing.get_context("fork").Process(target=_load_alone, args=(given, out))
+    child.start()
+    return child
+
+
+def test_three_runs_that_make_one_cache_at_once(photos, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given = cached(photos, "data/cache")
+    children = [loading(given, tmp_path / f"out{number}") for number in range(3)]
+    for child in children:
+        child.join()
+    told = [(tmp_path / f"out{number}").read_text() for number in range(3)]
+    assert "".join(told).count("caching ") == 2 and "error" not in "".join(told), told
+    assert len({text.splitlines()[-1] for text in told}) == 1
+    assert len(list((tmp_path / "data/cache").iterdir())) == 4
+
+
+def test_a_run_waits_for_one_that_makes_the_cache_and_then_finds_it(photos, tmp_path):
+    given = cached(photos, tmp_path / "cache")
+    load_splits(given)
+    sidecar = next((tmp_path / "cache").glob("*.json"))
+    content = sidecar.read_text()
+    sidecar.unlink()
+    with _locked(sidecar.with_suffix(".lock")):
+        child = loading(given, tmp_path / "out")
+        while "waiting" not in ((tmp_path / "out").read_text() if (tmp_path / "out").exists() else ""):
+            assert child.is_alive()
+            time.sleep(0.01)
+        sidecar.write_text(content)
+    child.join()
+    lines = (tmp_path / "out").read_text().splitlines()
+    assert len(lines) == 2 and lines[0].startswith("waiting for another run that is making this cache (")
+    assert lines[1].startswith("train ") and not list((tmp_path / "cache").glob("*.lock"))
+
+
+def test_sidecars_that_are_not_as_they_were_written_are_made_anew(photos, tmp_path, capsys):
+    folder = tmp_path / "cache"
+    given = cached(photos, folder)
+    images = load_splits(given)[0]["test"].part[0].clone()
+    sidecar = next(path for path in folder.glob("*.json") if json.loads(path.read_text())["shape"][0] == len(images))
+    good = json.loads(sidecar.read_text())
+    outside = tmp_path / "outside.uint8"
+    outside.write_bytes(bytes(images.numel()))
+    (folder / "fifo.uint8").unlink(missing_ok=True)
+    os.mkfifo(folder / "fifo.uint8")
+    count = good["shape"][0]
+    hostile = [
+        {"shape": [-count, 3, -16, 16]},
+        {"shape": [count, 3, 10**30, 16]},
+        {"shape": [count, 3, 8, 32]},
+        {"shape": [1, count, 3, 256]},
+        {"shape": [float(count), 3.0, 16.0, 16.0]},
+        {"shape": "none"},
+        {"data": "../outside.uint8"},
+        {"data": str(outside)},
+        {"data": "fifo.uint8"},
+        {"data": "."},
+        {"data": 5},
+        {"sources": [[]]},
+        {"sources": [[[1]]]},
+        {"sources": {"a": 1}},
+        {"sources": None},
+        {"unreadable": {"-1": "x"}},
+        {"unreadable": {"99": "x"}},
+        {"unreadable": ["x"]},
+    ]
+    written = [json.dumps({**good, **changes}) for changes in hostile]
+    for content in [*written, "[" * 10**5, '{"a":' * 10**5, "", "5", "\0", "[]", "1" * 10**4, "fifo", "device", "huge"]:
+        sidecar.unlink()
+        if content == "fifo":
+            os.mkfifo(sidecar)
+        elif content == "device":
+            sidecar.symlink_to("/dev/zero")
+        else:
+            sidecar.write_text(content)
+        if content == "huge":
+            os.truncate(sidecar, 1 << 33)
+        capsys.readouterr()
+        found = load_splits(given)[0]["test"].part[0]
+        told = capsys.readouterr().out
+        assert torch.equal(found, images), content[:100]
+        assert told.count("\n") == 1 and re.search(r": .* (is damaged|no longer fits)", told), (content[:100], told)
+    assert load_splits(given) and capsys.readouterr().out == ""
+    assert outside.exists()
+
+
+def _small_files(given, out):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))  # of bytes that a file may have; then writing fails
+    _load_alone(given, out)
+
+
+def test_a_disk_that_is_full_is_one_line_and_leaves_nothing(photos, tmp_path):
+    child = multiprocessing.get_context("fork").Process(
+        target=_small_files, args=(cached(photos, tmp_path / "cache"), tmp_path / "out")
+    )
+    child.start()
+    child.join()
+    lines = (tmp_path / "out").read_text().splitlines()
+    assert re.match(r"error: the image cache cannot be written in .* \(\[Errno 27\].*dataset\.cache=false", lines[-1])
+    assert len(lines) == 2 and list((tmp_path / "cache").iterdir()) == []
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_making_a_cache_shows_a_bar_on_a_terminal_only(photos, tmp_path, monkeypatch, terminal):
+    class Screen(io.StringIO):
+        def isatty(self):
+            return terminal
+
+    seen = {}
+    bar = engine.reader.tqdm
+    monkeypatch.setattr(sys, "stderr", Screen())
+    monkeypatch.setattr("engine.reader.tqdm", lambda n, **given: seen.update(given) or bar(n, **{**given, "delay": 0}))
+    load_splits(cached(photos, tmp_path))
+    assert ("caching" in sys.stderr.getvalue()) == terminal and seen["delay"] == 1
 
 
 def test_a_cache_needs_one_resize_for_all(photos, tmp_path):
