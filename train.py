@@ -9,6 +9,7 @@ if __name__ == "__main__":
     launch("train")  # answers help, completion and typos, and only then imports torch and calls main() below
 
 import gc
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,10 @@ from torch.optim import Optimizer
 
 from engine import checkpoint, files, report, runs
 from engine.config import build
-from engine.errors import RequestError, one_line
+from engine.errors import RequestError, RunError, one_line
 from engine.loader import Batches, choose_device, fingerprint, load_splits
-from engine.metrics import Tally, accuracy, evaluate
-from engine.progress import Bar, epoch_line
+from engine.metrics import Tally, accuracy, evaluate, loss_name
+from engine.progress import Bar, epoch_line, watched
 from engine.runs import log
 from engine.saver import Progress, RandomStates, Saver
 from engine.schedules import build_schedule
@@ -60,6 +61,7 @@ def main(config: dict[str, Any]) -> float:
     model = build(config["model"], "model", input_shape=input_shape, num_classes=len(classes)).to(device)
     probe(model, input_shape, len(classes), train_batches)
     criterion = build(config["criterion"], "criterion").to(device)
+    trained_with = loss_name(criterion, data["target_transform"])
     optimizer = build(config["optimizer"], "optimizer", model.parameters())
     steps = len(train_batches)
     schedule = build_schedule(config["scheduler"], optimizer, config["epochs"], steps)
@@ -86,6 +88,8 @@ def main(config: dict[str, Any]) -> float:
     }
     saver = Saver(directory, about, {**parts, "random": RandomStates()}, **config["checkpoint"])
     describe(config, model, splits, input_shape, classes, device, directory)
+    if trained_with:
+        log.info(f"loss     {trained_with} in training, plain cross-entropy in validation and test")
     if config["resume"]:
         saver.restore(config["changed"])
         runs.save_config(directory, config)
@@ -93,7 +97,7 @@ def main(config: dict[str, Any]) -> float:
     # The epochs.
     gc.freeze()  # what there is by now stays; looking through it again and again would take 0.2 s each time
     trackers = Trackers(config, directory, next_epoch=progress.epoch)
-    with report.LiveCurves(directory / "curves.png") as curves, trackers, saver:
+    with report.LiveCurves(directory / "curves.png", trained_with) as curves, trackers, saver:
         while progress.epoch <= config["epochs"] and not stop_early(progress, config["early_stopping"]["patience"]):
             train_epoch(model, train_batches, criterion, optimizer, schedule, tally, progress, saver, config)
             train_loss, train_accuracy = tally.read()
@@ -101,7 +105,9 @@ def main(config: dict[str, Any]) -> float:
             row |= {"val_loss": None, "val_accuracy": None, "lr": progress.lr, "seconds": progress.seconds}
             row["images_per_second"] = tally.samples / row["seconds"]
             if val_batches:
-                row["val_loss"], confusion = evaluate(model, saver.watch(val_batches), len(classes))
+                row["val_loss"], confusion = evaluate(
+                    model, watched(saver.watch(val_batches), "validation", len(val_batches)), len(classes)
+                )
                 row["val_accuracy"] = accuracy(confusion)
 
             saver.check(row["val_loss"])
@@ -115,7 +121,13 @@ def main(config: dict[str, Any]) -> float:
         # The test set, once, with the best weights.
         best = checkpoint.read(directory / "best.pt")
         checkpoint.load_weights(model, best["model"], directory / "best.pt")
-        test_loss, confusion = evaluate(model, saver.watch(test_batches), len(classes))
+        test_loss, confusion = evaluate(
+            model, watched(saver.watch(test_batches), "test", len(test_batches)), len(classes)
+        )
+    if not math.isfinite(test_loss):
+        raise RunError(
+            f"the test loss is {test_loss}: the weights of epoch {best['epoch']} give no finite numbers there"
+        )
     summary = {
         "test_accuracy": accuracy(confusion),
         "test_loss": test_loss,

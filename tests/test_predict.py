@@ -177,7 +177,7 @@ def test_images_of_another_size_are_scaled_where_the_transforms_do_not_and_that_
     Image.fromarray(picture(0, 50, 30)).save(tmp_path / "larger.png")
     said = call(images=[str(tmp_path / "right.png"), str(tmp_path / "larger.png")], checkpoint=file)
     assert said.error is None and len(said.rows) == 2
-    assert "1 of 2 images were scaled to the 12x12 pixels of the model" in said.err
+    assert "1 of 2 images was scaled to the 12x12 pixels of the model" in said.err
 
     model = checkpoint.build_model(checkpoint.read(Path(file)), Path(file)).eval()
     pixels = datasets.read_image(tmp_path / "larger.png", 3)[None]
