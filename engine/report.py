@@ -585,17 +585,14 @@ def sweep_figure(rows: Sequence[dict[str, Any]], shown: Sequence[dict[str, Any]]
     best = list(shown[:25])
     labels = [_fitted(_described(row, settings), 9, 400) for row in best]
     line, plot, across, up, below = 24, 300, 300, 170, 110  # pixels
-    left, top, bottom, gap = 40 + max(_width(label, 9) for label in labels), 104, 100, 100
+    left, top, gap = 40 + max(_width(label, 9) for label in labels), 104, 100
     list_height, grid_rows = line * len(best) + 8, -(-len(panels) // 2)
-    height = top + max(list_height, grid_rows * (up + below) - below) + bottom
-    width = max(620, left + plot + min(2, len(panels)) * (gap + across) + 30)
+    height = top + max(list_height + 62, grid_rows * (up + below))
+    width = max(660, left + plot + min(2, len(panels)) * (gap + across) + 30)
     figure = _new_figure(width, height)
     page = _Page(figure)
-    runs = (
-        f"{len(rows)} run"
-        + ("s" if len(rows) != 1 else "")
-        + (f", the best {len(best)}" if len(best) < len(shown) else "")
-    )
+    runs = f"{len(rows)} run" + "s" * (len(rows) != 1)
+    runs += f", the best {len(best)}" if len(best) < len(shown) else ""
     page.write(16, 26, f"{_fitted(name, 12, width - 250)}: {runs}", 12, bold=True)
     means = "; a ring is the mean over seeds, its bar their standard deviation" if "runs" in best[0] else ""
     page.write(16, 50, _fitted(f"A dot is a run, the best on top{means}", 9, width - 32), color=GREY)
@@ -629,7 +626,7 @@ def _values(row: dict[str, Any], settings: Sequence[str]) -> list[str | None]:
 
 def _described(row: dict[str, Any], settings: Sequence[str]) -> str:
     """What tells a configuration from the others."""
-    words = [f"{name.rpartition('.')[2]}={_brief(row[name])}" for name in settings if name in row]
+    words = [_fitted(f"{name.rpartition('.')[2]}={_brief(row[name])}", 9, 150) for name in settings if name in row]
     return "  ".join(words) or str(row.get("run", "all runs"))
 
 
