@@ -51,7 +51,8 @@ def main(config: dict[str, Any]) -> float:
         model = model_of(saved, config, path, batches.sample_shape(), data_classes).to(device)
         checkpoint.check_finite(model, path)
     classes: list[str] = saved.get("classes", data_classes)
-    numbers = torch.tensor([classes.index(known) for known in data_classes], device=device)
+    places = {known: number for number, known in enumerate(classes)}
+    numbers = torch.tensor([places[known] for known in data_classes], device=device)
 
     # Its predictions.
     mistakes, batch_losses = Mistakes(), list[Tensor]()
@@ -91,8 +92,8 @@ def main(config: dict[str, Any]) -> float:
             "confusion": confusion.tolist(),
         },
     )
-    places, truths, predictions, probabilities, images = mistakes.read()
-    column, names = names_of(split, places)
+    errors, truths, predictions, probabilities, images = mistakes.read()
+    column, names = names_of(split, errors)
     listed = report.beside(output, "mistakes", ".csv")
     files.write(listed, mistakes_table(column, names, truths, predictions, probabilities, classes))
     drawn = report.confusion(confusion, classes, report.beside(output, "confusion"))
@@ -181,13 +182,14 @@ def check_classes(known: Sequence[str], found: Sequence[str], path: Path) -> Non
     Raises:
         RequestError: it has others, or names of which several mean the same.
     """
-    strange = [name for name in found if name not in known]
+    names = set(known)
+    strange = [name for name in found if name not in names]
     if strange:
         raise RequestError(
             f"{path}: its classes are {few(known)}; the data has {few(strange)}, which it does not know; "
             "choose the data set that it was trained on"
         )
-    if list(known) != list(found) and (len(set(known)) < len(known) or len(set(found)) < len(found)):
+    if list(known) != list(found) and (len(names) < len(known) or len(set(found)) < len(found)):
         raise RequestError(f"{path}: names of its classes or of the data's occur twice, so they cannot be told apart")
 
 

@@ -29,6 +29,7 @@ from tqdm import tqdm
 from datasets import MAX_PIXELS, no_downloads, read_image
 from engine import checkpoint, files, runs
 from engine.augment import Draws, Normalize, PerImage, Resize, apply, own_randomness, resized_to, to_float
+from engine.config import CONFIGS, check_value, read_settings
 from engine.errors import RequestError, RunError, one_line, printable
 from engine.loader import Batches, choose_device, load_splits, parse_transforms
 from engine.progress import counted, watched
@@ -57,7 +58,9 @@ def main(config: dict[str, Any]) -> None:
     # The model, and what is done to an image before it.
     path = Path(config["checkpoint"]) if config["checkpoint"] else runs.newest_best()
     model, settings = load(path, config, device)
-    classes, images = settings.classes, Images(paths, settings.input_shape, settings.dataset)
+    classes = settings.classes
+    with checkpoint.interpreting(path):
+        images = Images(paths, settings.input_shape, settings.dataset)
     classifier = Classifier(model, images, classes, config["top_k"], device)
     shape = "x".join(map(str, settings.input_shape))
     print(f"{printable(str(path))}, {len(classes)} classes, images {shape}, on {device}", file=sys.stderr)
@@ -110,12 +113,9 @@ def load(path: Path, config: dict[str, Any], device: torch.device) -> tuple[nn.M
                 if asked := config.get("choices", {}).get(group):
                     raise RequestError(f"{group}={asked}: {path} names its own model and data; leave {group}= out")
             model = checkpoint.build_model(saved, path)
-            settings = Settings(
-                saved["classes"],
-                tuple(saved["input_shape"]),
-                saved["config"]["dataset"],
-                config["batch_size"] or saved["config"]["batch_size"],
-            )
+            batch_size = config["batch_size"] or saved["config"]["batch_size"]
+            check_value("batch_size", batch_size, read_settings(CONFIGS / "train.yaml"))
+            settings = Settings(saved["classes"], tuple(saved["input_shape"]), saved["config"]["dataset"], batch_size)
         else:
             checkpoint.check_bare(config, path)
             settings = settings_of_data(config, device)

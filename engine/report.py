@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from engine import compare
-from engine.errors import one_line
+from engine.errors import one_line, printable
 from engine.runs import log
 
 if TYPE_CHECKING:  # a sweep draws without torch
@@ -94,6 +94,7 @@ def _draw(path: Path, make: Callable[..., Figure], *arguments: Any) -> bool:
 
 def _say(text: str) -> None:
     """To the log of the run, or, where none is open as in an evaluation, to standard error."""
+    text = printable(text)
     if log.handlers:
         log.warning(text)
     else:

@@ -292,6 +292,19 @@ def test_a_file_does_not_raise_the_limit_of_pixels(folder: Path, call: Any, monk
     assert any("large.png: 15x15 pixels are more than the 200 allowed" in line for line in said.err)
 
 
+@pytest.mark.parametrize("broken", [{"max_pixels": "many"}, {"eval_transforms": [3]}, {"eval_transforms": None}])
+def test_settings_that_make_no_sense_are_one_line(folder: Path, call: Any, broken: dict[str, Any]) -> None:
+    file = write_checkpoint(folder.parent / "best.pt", (3, 12, 12), CLASSES, broken)
+    said = call(images=str(folder), checkpoint=file)
+    assert isinstance(said.error, RequestError) and said.out == []
+    saved = torch.load(file, weights_only=True)
+    saved["config"]["dataset"] |= {"max_pixels": 10**6, "eval_transforms": []}
+    saved["config"]["batch_size"] = "4"
+    torch.save(saved, file)
+    said = call(images=str(folder), checkpoint=file)
+    assert isinstance(said.error, RequestError) and "batch_size=4: expected an integer >= 1" in str(said.error)
+
+
 def test_one_image_is_singular(folder: Path, call: Any) -> None:
     Image.fromarray(picture(0, 15, 15)).save(folder / "cat" / "larger.png")
     said = call(images=str(folder / "cat" / "larger.png"), checkpoint=str(folder.parent / "best.pt"))
