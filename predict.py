@@ -191,10 +191,15 @@ def walk(folder: str, walked: set[str], problems: dict[str, None]) -> Iterator[t
     """os.walk, sorted, without what is hidden and without the folders `walked` already: links may lead in circles."""
     for place, folders, names in os.walk(folder, followlinks=True, onerror=lambda e: problems.setdefault(one_line(e))):
         here = os.path.realpath(place)
-        folders[:] = sorted(name for name in folders if not name.startswith(".")) if here not in walked else []
+        folders[:] = sorted(name for name in folders if not is_passed_over(name)) if here not in walked else []
         if here not in walked:
             walked.add(here)
-            yield place, folders, sorted(name for name in names if not name.startswith("."))
+            yield place, folders, sorted(name for name in names if not is_passed_over(name))
+
+
+def is_passed_over(name: str) -> bool:
+    """Whether a file or folder is none that was put there to be looked at: a hidden one."""
+    return name.startswith(".")
 
 
 def matching(pattern: str, problems: dict[str, None]) -> list[str]:

@@ -348,7 +348,7 @@ def test_classes_in_another_order_are_compared_by_name(call: Call, tmp_path: Pat
     assert lines == ["file,true,predicted,probability", f"photos/test/green/4.png,green,red,{sure:.6f}"]
 
 
-@pytest.mark.parametrize("present", [["green", "red"], ["blue"]])
+@pytest.mark.parametrize("present", [["green", "red"], ["blue", "red"]])
 def test_some_of_the_models_classes_are_compared_by_name(call: Call, tmp_path: Path, present: list[str]) -> None:
     write_colours(tmp_path / "photos", COLOURS, channels=[0, 1, 2])
     write_colour_model(tmp_path / "best.pt", "photos")
