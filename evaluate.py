@@ -42,7 +42,8 @@ def main(config: dict[str, Any]) -> float:
         data = {**config["dataset"], "cache": False}  # it would be written, and is of no use to who reads once
         target = None if config["own_dataset"] else checkpoint.trusted(data["_target_"], path)
         with no_downloads():
-            splits, data_classes = load_splits(data, only=name, target=target)
+            splits, named = load_splits(data, only=name, target=target)
+        data_classes = [printable(known) for known in named]
         if name not in splits:
             raise RequestError(f"split={name}: there is none with dataset.val_fraction={data['val_fraction']}")
         split = splits[name]
@@ -50,7 +51,7 @@ def main(config: dict[str, Any]) -> float:
         batches = Batches(split, data["eval_transforms"], {**config, "limit_batches": None}, device)
         model = model_of(saved, config, path, batches.sample_shape(), data_classes).to(device)
         checkpoint.check_finite(model, path)
-    classes: list[str] = saved.get("classes", data_classes)
+    classes = [printable(known) for known in saved.get("classes", data_classes)]
     places = {known: number for number, known in enumerate(classes)}
     numbers = torch.tensor([places[known] for known in data_classes], device=device)
 
@@ -170,7 +171,7 @@ def model_of(
             f"{path}: its model takes images {saved['input_shape']}, the data has {list(input_shape)}; "
             "set dataset.eval_transforms"
         )
-    check_classes(saved["classes"], classes, path)
+    check_classes([printable(name) for name in saved["classes"]], classes, path)
     return checkpoint.build_model(saved, path)
 
 
@@ -195,7 +196,7 @@ def check_classes(known: Sequence[str], found: Sequence[str], path: Path) -> Non
 
 def few(names: Sequence[str], most: int = 5) -> str:
     """The first names of a list, each shortened, and how many more there are."""
-    shown = [printable(name if len(name) <= 24 else name[:23] + "…") for name in names[:most]]
+    shown = [name if len(name) <= 24 else name[:23] + "…" for name in names[:most]]
     return ", ".join(shown) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
@@ -235,19 +236,18 @@ def mistakes_table(
     rows = csv.writer(text, lineterminator="\n")
     rows.writerow([column, "true", "predicted", "probability"])
     told = zip(names, truths.tolist(), predictions.tolist(), probabilities.tolist(), strict=True)
-    shown = [printable(name) for name in classes]
-    rows.writerows([printable(name), shown[true], shown[found], f"{sure:.6f}"] for name, true, found, sure in told)
+    rows.writerows([printable(name), classes[true], classes[found], f"{sure:.6f}"] for name, true, found, sure in told)
     return text.getvalue()
 
 
 def table(rows: dict[str, dict[str, float]]) -> str:
     """Precision, recall and F1 of each class, and their plain average over the classes that have samples."""
-    width = max(len("average"), *(len(printable(name)) for name in rows))
+    width = max(len("average"), *map(len, rows))
     lines = [f"{'':<{width}}  precision  recall      f1  samples"]
     present = [row for row in rows.values() if row["samples"]]
     mean = {key: sum(row[key] for row in present) / len(present) for key in ("precision", "recall", "f1")}
     mean["samples"] = sum(row["samples"] for row in present)
     for name, row in [*rows.items(), ("average", mean)]:
         figures = f"{row['precision']:9.4f}  {row['recall']:6.4f}  {row['f1']:6.4f}  {row['samples']:7,}"
-        lines.append(f"{printable(name):<{width}}  {figures}")
+        lines.append(f"{name:<{width}}  {figures}")
     return "\n".join(lines)

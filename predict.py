@@ -115,7 +115,12 @@ def load(path: Path, config: dict[str, Any], device: torch.device) -> tuple[nn.M
             model = checkpoint.build_model(saved, path)
             batch_size = config["batch_size"] or saved["config"]["batch_size"]
             check_value("batch_size", batch_size, read_settings(CONFIGS / "train.yaml"))
-            settings = Settings(saved["classes"], tuple(saved["input_shape"]), saved["config"]["dataset"], batch_size)
+            settings = Settings(
+                [printable(name) for name in saved["classes"]],
+                tuple(saved["input_shape"]),
+                saved["config"]["dataset"],
+                batch_size,
+            )
         else:
             checkpoint.check_bare(config, path)
             settings = settings_of_data(config, device)
@@ -133,7 +138,7 @@ def settings_of_data(config: dict[str, Any], device: torch.device) -> Settings:
     with no_downloads(), redirect_stdout(sys.stderr):  # where the predictions go
         splits, classes = load_splits(dataset, only="test")
     shape = Batches(splits["test"], dataset["eval_transforms"], common, device).sample_shape()
-    return Settings(classes, shape, dataset, batch_size)
+    return Settings([printable(name) for name in classes], shape, dataset, batch_size)
 
 
 @dataclass(frozen=True)
@@ -218,7 +223,7 @@ def matching(pattern: str, problems: dict[str, None]) -> list[str]:
 
 def true_class(path: Path, classes: Sequence[str]) -> str | None:
     """The class that the image's folder is named after, or None."""
-    folder = path.absolute().parent.name
+    folder = printable(path.absolute().parent.name)
     return folder if folder in classes else None
 
 
@@ -392,7 +397,7 @@ class Layout:
     def __init__(self, images: Iterable[str], classes: Sequence[str], with_truth: bool) -> None:
         self.with_truth = with_truth
         self.image = min(60, max(5, *(len(printable(image)) for image in images)))
-        self.name = max(9, *(len(printable(name)) for name in classes))
+        self.name = max(9, *map(len, classes))
 
     def header(self) -> str:
         """The names of the columns."""

@@ -400,7 +400,8 @@ def test_names_that_would_steer_a_terminal(call: Call, tmp_path: Path) -> None:
     for text in (answer.out, (tmp_path / "mistakes.csv").read_text(), (tmp_path / "evaluation.json").read_text()):
         assert all(character.isprintable() or character == "\n" for character in text)
     assert "re\\x1b[31md  " in answer.out
-    assert list(json.loads((tmp_path / "evaluation.json").read_text())["per_class"]) == odd
+    names = list(json.loads((tmp_path / "evaluation.json").read_text())["per_class"])
+    assert names == ["re\\x1b[31md", "gr\\x9been", "bl\\u202eue"]
     os.rename(
         tmp_path / "photos" / "test" / odd[1] / "4.png", os.fsencode(tmp_path / "photos/test" / odd[1]) + b"/\xff.png"
     )
