@@ -23,8 +23,8 @@ import shutil
 import socket
 import tempfile
 import zlib
-from collections.abc import Callable, Collection, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -276,11 +276,31 @@ def _read_pickle(path: Path) -> dict[str, Any]:
     return found
 
 
+_may_download = True
+
+
+@contextmanager
+def no_downloads() -> Iterator[None]:
+    """Within it data that is not there is an error: evaluating and predicting fetch nothing."""
+    global _may_download
+    before, _may_download = _may_download, False
+    try:
+        yield
+    finally:
+        _may_download = before
+
+
 def _download(name: str, root: str, layout: str) -> None:
     """Fetch a data set with torchvision, which shows a progress bar and checks what arrives.
 
     It arrives in a folder of its own and is moved to `root` once it is whole: a download that fails leaves nothing.
     """
+    if not _may_download:
+        option = "fashion_mnist" if name == "FashionMNIST" else name.lower()
+        raise RequestError(
+            f"{name} is not in {root!r}, expected {layout}; set dataset.root, "
+            f"or fetch it: python datasets.py dataset={option} dataset.root={root}"
+        )
     from torchvision import datasets as torchvision_datasets  # takes a second to import, and is rarely needed
 
     fetch: Callable[..., Any] = getattr(torchvision_datasets, name)

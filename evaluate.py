@@ -5,17 +5,23 @@ from engine.cli import launch
 if __name__ == "__main__":
     launch("evaluate")  # answers help, completion and typos, and only then imports torch and calls main() below
 
+import csv
+import io
+import math
 import os
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from datasets import no_downloads
 from engine import checkpoint, files, report, runs, trust
-from engine.config import build
-from engine.errors import RequestError
-from engine.loader import Batches, choose_device, load_splits, parse_transforms
+from engine.errors import RequestError, RunError, printable
+from engine.loader import Batches, Split, choose_device, load_splits, parse_transforms
 from engine.metrics import Mistakes, accuracy, evaluate, per_class
+from engine.progress import counted, watched
 
 # Settings of a data set that evaluating has no use for: names that are imported, and files that are written.
 ONLY_FOR_TRAINING = ("target_transform", "train_transforms", "cache", "cache_dir", "skip_unreadable")
@@ -27,45 +33,92 @@ def main(config: dict[str, Any]) -> float:
     Returns:
         the accuracy, 0 to 1.
     """
-    device = choose_device(config["device"])
+    # The checkpoint, the data that it names or that was asked for, and the model.
+    device, name = choose_device(config["device"]), config["split"]
     path = Path(config["checkpoint"]) if config["checkpoint"] else runs.newest_best()
     saved = checkpoint.read(path)
-    output = Path(config["output"]) if config["output"] else path.parent / "evaluation.json"
-    if output.is_dir() or not os.access(output.parent, os.W_OK):
-        raise RequestError(f"{output}: cannot be written; set output= to a file in a folder that exists")
+    output = Path(config["output"]) if config["output"] else path.parent / f"{report.EVALUATION[name]}.json"
+    check_output(output, path)
     config = settings_for(saved, config, path)
-    splits, classes = load_splits(config["dataset"], only=config["split"])
-    if config["split"] not in splits:
-        fraction = config["dataset"]["val_fraction"]
-        raise RequestError(f"split={config['split']}: there is none with dataset.val_fraction={fraction}")
-    batches = Batches(splits[config["split"]], config["dataset"]["eval_transforms"], config, device)
-    model = model_of(saved, config, path, batches.sample_shape(), classes).to(device)
+    data = config["dataset"]
+    with no_downloads():
+        splits, named = load_splits(data, only=name)
+    data_classes = [printable(known) for known in named]
+    if name not in splits:
+        raise RequestError(f"split={name}: there is none with dataset.val_fraction={data['val_fraction']}")
+    split = splits[name]
+    batches = Batches(split, data["eval_transforms"], config, device)
+    model = model_of(saved, config, path, batches.sample_shape(), data_classes).to(device)
+    checkpoint.check_finite(model, path)
+    classes = [printable(known) for known in saved.get("classes", data_classes)]
+    places = {known: number for number, known in enumerate(classes)}
+    numbers = torch.tensor([places[known] for known in data_classes], device=device)
 
-    mistakes = Mistakes()
-    loss, confusion = evaluate(model, batches, len(classes), mistakes)
+    # Its predictions.
+    mistakes, batch_losses = Mistakes(), list[Tensor]()
+    shown = watched(by_name(batches, numbers, len(classes)), f"{name} split", len(batches))
+    loss, confusion = evaluate(model, shown, len(classes), mistakes, batch_losses)
+    samples = int(confusion.sum())
+    if not math.isfinite(loss):
+        raise RunError(f"{path}: the loss on the {name} split is {loss}: the model gives no finite numbers there")
 
-    print(f"{path}, {config['split']} split of {config['choices']['dataset']}, {int(confusion.sum()):,} samples")
-    print(f"accuracy {accuracy(confusion):.2%}, loss {loss:.4f}\n")
+    # What is printed and written.
+    of = f"{name} split of {config['choices']['dataset']}, {counted(samples, 'sample')}"
+    limit = f" (dataset.limit={data['limit']})" if data["limit"] else ""
+    print(f"{printable(str(path))}, {of}{limit}")
+    if len(data_classes) < len(classes):
+        print(f"the data has {len(data_classes)} of the model's {len(classes)} classes; they are compared by name")
+    elif data_classes != classes:
+        print("the data numbers its classes otherwise than the model; they are compared by name")
+    if "config" not in saved:
+        print(checkpoint.transforms_line(config))
+    print(f"accuracy {accuracy(confusion):.2%}, loss {loss:.4f}")
+    if "config" not in saved:  # whose training's script most likely averages so
+        plain = float(torch.stack(batch_losses).double().mean())
+        of = f"{len(batch_losses)} of {config['batch_size']}, a shorter last one counting as much as the others"
+        print(f"loss {plain:.6f} as the average of batches, {of}")
     rows = per_class(confusion, classes)
-    print(table(rows))
+    print(f"\n{table(rows)}")
     files.write_json(
         output,
         {
             "checkpoint": str(path),
             "dataset": config["choices"]["dataset"],
-            "split": config["split"],
-            "samples": int(confusion.sum()),
+            "split": name,
+            "samples": samples,
             "accuracy": accuracy(confusion),
             "loss": loss,
             "per_class": rows,
             "confusion": confusion.tolist(),
         },
     )
+    errors, truths, predictions, probabilities, images = mistakes.read()
+    column, names = names_of(split, errors)
+    listed = report.beside(output, "mistakes", ".csv")
+    files.write(listed, mistakes_table(column, names, truths, predictions, probabilities, classes))
     drawn = report.confusion(confusion, classes, report.beside(output, "confusion"))
-    transforms = parse_transforms(config["dataset"]["eval_transforms"], "dataset.eval_transforms")
-    drawn &= report.mistakes(*mistakes.read(), classes, report.beside(output, "mistakes"), transforms)
-    print(f"\nwritten to {output}" + (", its pictures beside it" if drawn else ""))
+    drawn &= report.mistakes(
+        images,
+        truths[: len(images)],
+        predictions[: len(images)],
+        probabilities[: len(images)],
+        classes,
+        report.beside(output, "mistakes"),
+        parse_transforms(data["eval_transforms"], "dataset.eval_transforms"),
+        [Path(text).name if column == "file" else f"sample {text}" for text in names[: len(images)]],
+    )
+    print(
+        f"\nwritten to {output}, {listed.name} and pictures beside it" if drawn else f"\nwritten to {output}, {listed}"
+    )
     return accuracy(confusion)
+
+
+def check_output(output: Path, path: Path) -> None:
+    """Refuse an output that cannot be written, before the work, and one that is the checkpoint itself."""
+    if output.is_dir() or not os.access(output.parent, os.W_OK):
+        raise RequestError(f"{output}: cannot be written; set output= to a file in a folder that exists")
+    if output.exists() and output.samefile(path):
+        raise RequestError(f"{output}: is the checkpoint; set output= to another file")
 
 
 def settings_for(saved: dict[str, Any], config: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -74,33 +127,23 @@ def settings_for(saved: dict[str, Any], config: dict[str, Any], path: Path) -> d
     Raises:
         RequestError: a bare state_dict without `model=` and `dataset=`, or a setting that the dataset does not have.
     """
-    asked_dataset = config.get("dataset") or {}
+    dataset, choices = config.get("dataset") or {}, config["choices"]
     if "config" not in saved:
-        if not config.get("model") or not config["choices"].get("dataset"):
-            raise RequestError(
-                f"{path}: a bare state_dict; say which model and data it is for: model=mlp dataset=fashion_mnist"
-            )
-        own = {"batch_size": 64, "seed": 0, "limit_batches": None}
-        return {**config, **own, "batch_size": config["batch_size"] or 64}
-    own = saved["config"]
-    if config.get("model"):
-        raise RequestError(f"model={config['choices']['model']}: {path} names its own model; leave model= out")
-    ours = checkpoint.is_ours(saved)
-    how = trust.evaluation_of(own, saved["input_shape"], path, config["batch_size"], ours=ours)
-    choices = {**own["choices"], **{group: option for group, option in config["choices"].items() if option}}
-    if config["choices"].get("dataset"):
-        dataset = asked_dataset
+        checkpoint.check_bare(config, path)
+        how = {"seed": 0, "batch_size": config["batch_size"] or 64}
     else:
-        data = {key: value for key, value in own["dataset"].items() if key not in ONLY_FOR_TRAINING}
-        _, dataset = trust.settings_of("dataset", own | {"dataset": data}, path, ours=ours, typed=asked_dataset)
-    return {
-        **config,
-        "dataset": {**dataset, "target_transform": None},
-        "choices": choices,
-        "batch_size": how["batch_size"],
-        "seed": how["seed"],
-        "limit_batches": None,
-    }
+        for group in ("experiment", "model"):
+            if choices.get(group):
+                raise RequestError(f"{group}={choices[group]}: {path} names its own model; leave {group}= out")
+        own, ours = saved["config"], checkpoint.is_ours(saved)
+        how = trust.evaluation_of(own, saved["input_shape"], path, config["batch_size"], ours=ours)
+        if not choices.get("dataset"):
+            data = {key: value for key, value in own["dataset"].items() if key not in ONLY_FOR_TRAINING}
+            _, dataset = trust.settings_of("dataset", own | {"dataset": data}, path, ours=ours, typed=dataset)
+        choices = {**own["choices"], **{group: option for group, option in choices.items() if option}}
+    dataset = {**dataset, "target_transform": None, "cache": False}
+    how = {"seed": how["seed"], "batch_size": how["batch_size"], "limit_batches": None}  # the whole split
+    return {**config, "dataset": dataset, "choices": choices, **how}
 
 
 def model_of(
@@ -108,32 +151,89 @@ def model_of(
 ) -> nn.Module:
     """The checkpoint's model with its weights, once it is known to fit the data."""
     if "config" not in saved:
-        model = build(config["model"], "model", input_shape=input_shape, num_classes=len(classes))
-        checkpoint.load_weights(model, saved["model"], path)
-        return model
+        return checkpoint.build_bare(saved["model"], config, input_shape, len(classes), path)
     if list(saved["input_shape"]) != list(input_shape):
         raise RequestError(
             f"{path}: its model takes images {saved['input_shape']}, the data has {list(input_shape)}; "
             "set dataset.eval_transforms"
         )
-    if len(saved["classes"]) != len(classes):
-        raise RequestError(
-            f"{path}: its model has {len(saved['classes'])} classes, the data {len(classes)}; choose another dataset"
-        )
+    check_classes([printable(name) for name in saved["classes"]], classes, path)
     return checkpoint.build_model(saved, path)
 
 
-def table(rows: dict[str, dict[str, float]]) -> str:
-    """Precision, recall and F1 of each class and their plain average, for reading."""
-    width = max(len("average"), *(len(name) for name in rows))
-    lines = [f"{'':<{width}}  precision  recall      f1  samples"]
-    for name, row in rows.items():
-        lines.append(
-            f"{name:<{width}}  {row['precision']:9.4f}  {row['recall']:6.4f}  {row['f1']:6.4f}  {row['samples']:7,}"
+def check_classes(known: Sequence[str], found: Sequence[str], path: Path) -> None:
+    """Hold the class names of the data against those that a model has learned: names decide, not numbers.
+
+    The data may have them in another order, or only some of them.
+
+    Raises:
+        RequestError: it has others, or names of which several mean the same.
+    """
+    names = set(known)
+    strange = [name for name in found if name not in names]
+    if strange:
+        raise RequestError(
+            f"{path}: its classes are {few(known)}; the data has {few(strange)}, which it does not know; "
+            "choose the data set that it was trained on"
         )
-    mean = {key: sum(row[key] for row in rows.values()) / len(rows) for key in ("precision", "recall", "f1")}
-    total = sum(row["samples"] for row in rows.values())
-    lines.append(
-        f"{'average':<{width}}  {mean['precision']:9.4f}  {mean['recall']:6.4f}  {mean['f1']:6.4f}  {total:7,}"
-    )
+    if list(known) != list(found) and (len(names) < len(known) or len(set(found)) < len(found)):
+        raise RequestError(f"{path}: names of its classes or of the data's occur twice, so they cannot be told apart")
+
+
+def few(names: Sequence[str], most: int = 5) -> str:
+    """The first names of a list, each shortened, and how many more there are."""
+    shown = [name if len(name) <= 24 else name[:23] + "…" for name in names[:most]]
+    return ", ".join(shown) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def by_name(
+    batches: Iterable[tuple[Tensor, Tensor]], numbers: Tensor, num_classes: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches with labels as the model numbers the classes.
+
+    Args:
+        batches: images, and labels as the data numbers them, int64 `[batch]` or probabilities `[batch, classes]`.
+        numbers: int64 `[classes of the data]`, the model's number of each.
+        num_classes: of the model.
+    """
+    for images, labels in batches:
+        if labels.ndim == 1:
+            yield images, numbers[labels]
+        else:
+            spread = labels.new_zeros(len(labels), num_classes)
+            spread[:, numbers] = labels
+            yield images, spread
+
+
+def names_of(split: Split, places: Tensor) -> tuple[str, list[str]]:
+    """What samples are called, given their places in the split: ("file", paths) or ("sample", indices)."""
+    indices = places if split.indices is None else split.indices[places]
+    paths = getattr(split.part, "paths", None)
+    if paths is None:
+        return "sample", [str(index) for index in indices.tolist()]
+    return "file", [str(paths[index]) for index in indices.tolist()]
+
+
+def mistakes_table(
+    column: str, names: Sequence[str], truths: Tensor, predictions: Tensor, probabilities: Tensor, classes: list[str]
+) -> str:
+    """All errors as CSV, the most confident first: file or sample, true, predicted, probability (0 to 1)."""
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow([column, "true", "predicted", "probability"])
+    told = zip(names, truths.tolist(), predictions.tolist(), probabilities.tolist(), strict=True)
+    rows.writerows([printable(name), classes[true], classes[found], f"{sure:.6f}"] for name, true, found, sure in told)
+    return text.getvalue()
+
+
+def table(rows: dict[str, dict[str, float]]) -> str:
+    """Precision, recall and F1 of each class, and their plain average over the classes that have samples."""
+    width = max(len("average"), *map(len, rows))
+    lines = [f"{'':<{width}}  precision  recall      f1  samples"]
+    present = [row for row in rows.values() if row["samples"]]
+    mean = {key: sum(row[key] for row in present) / len(present) for key in ("precision", "recall", "f1")}
+    mean["samples"] = sum(row["samples"] for row in present)
+    for name, row in [*rows.items(), ("average", mean)]:
+        figures = f"{row['precision']:9.4f}  {row['recall']:6.4f}  {row['f1']:6.4f}  {row['samples']:7,}"
+        lines.append(f"{name:<{width}}  {figures}")
     return "\n".join(lines)

@@ -10,13 +10,14 @@ if __name__ == "__main__":
 
 import csv
 import io
-import json
+import math
 import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
-from glob import glob, has_magic
+from glob import escape, glob, has_magic
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from datasets import MAX_PIXELS, read_image
+from datasets import MAX_PIXELS, no_downloads, read_image
 from engine import checkpoint, files, runs, trust
 from engine.augment import Draws, Normalize, PerImage, Resize, apply, own_randomness, resized_to, to_float
-from engine.errors import RequestError, RunError, one_line
-from engine.loader import choose_device, parse_transforms
+from engine.errors import RequestError, RunError, one_line, printable
+from engine.loader import Batches, choose_device, load_splits, parse_transforms
+from engine.progress import counted, watched
 
 Ranked = list[tuple[str, float]]  # classes with their probabilities, the likeliest first
 FEW = 100  # images that are read before worker processes would have started
@@ -48,47 +50,99 @@ def main(config: dict[str, Any]) -> None:
     check_output(output)
     paths, problems = find_images(config["images"])
     for problem in problems:
-        tell(problem)
+        tell(f"not predicted: {problem}")
     if not paths:
         raise RequestError("images: there is nothing to predict" + (f" ({problems[0]})" if problems else ""))
 
     # The model, and what is done to an image before it.
     path = Path(config["checkpoint"]) if config["checkpoint"] else runs.newest_best()
-    saved = checkpoint.read(path)
-    if "config" not in saved:
-        raise RequestError(
-            f"{path}: a bare state_dict, which tells neither model nor classes; expected a run's best.pt"
-        )
-    ours = checkpoint.is_ours(saved)
-    own = trust.evaluation_of(saved["config"], saved["input_shape"], path, config["batch_size"], ours=ours)
-    model = checkpoint.build_model(saved, path).to(device).eval()
-    classes: list[str] = saved["classes"]
-    max_pixels = saved["config"]["dataset"].get("max_pixels")
-    if not isinstance(max_pixels, int) or not (ours or 0 < max_pixels < MAX_PIXELS):  # a stranger may ask for less only
-        max_pixels = MAX_PIXELS
-    images = Images(paths, saved["input_shape"], own["eval_transforms"], max_pixels)
+    model, settings = load(path, config, device)
+    classes = settings.classes
+    images = Images(paths, settings.input_shape, settings.eval_transforms, settings.max_pixels)
     classifier = Classifier(model, images, classes, config["top_k"], device)
-    shape = "x".join(map(str, saved["input_shape"]))
-    print(f"{path}, {len(classes)} classes, images {shape}, on {device}", file=sys.stderr)
+    shape = "x".join(map(str, settings.input_shape))
+    print(f"{printable(str(path))}, {len(classes)} classes, images {shape}, on {device}", file=sys.stderr)
 
     # The predictions.
     truths = [true_class(path, classes) for path in paths]
     layout = Layout([*map(str, paths)], classes, with_truth=any(truths))
     predictions: list[Prediction] = []
-    bar = tqdm(total=len(paths), unit=" images", disable=not sys.stderr.isatty(), dynamic_ncols=True, leave=False)
+    batches = predicted(classifier, truths, settings.batch_size, config["num_workers"])
     say(layout.header())
-    for batch in predicted(classifier, truths, own["batch_size"], config["num_workers"]):
+    for batch in watched(batches, "predicting", math.ceil(len(paths) / settings.batch_size)):
         for prediction in batch:
             if prediction.error:
-                tell(f"{prediction.image}: {prediction.error}")
+                tell(f"not predicted: {prediction.image}: {prediction.error}")
         lines = [layout.line(prediction) for prediction in batch if not prediction.error]
         if lines:
             say("\n".join(lines))
         predictions += batch
-        bar.update(len(batch))
-    bar.close()
 
     finish(predictions, problems, output, images.input_shape)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a model goes with.
+
+    Attributes:
+        classes: the names of its classes.
+        input_shape: (channels, height, width) of the images that it takes.
+        eval_transforms: the YAML's list.
+        max_pixels: width times height of a file's image allowed.
+        batch_size: images a step.
+    """
+
+    classes: list[str]
+    input_shape: tuple[int, int, int]
+    eval_transforms: list[Any]
+    max_pixels: int
+    batch_size: int
+
+
+def load(path: Path, config: dict[str, Any], device: torch.device) -> tuple[nn.Module, Settings]:
+    """A checkpoint's model, ready to predict, and what goes with it; of a bare state_dict as the command line says.
+
+    Raises:
+        RequestError: there is none, or it cannot be used.
+    """
+    saved = checkpoint.read(path)
+    if "config" in saved:
+        for group in ("experiment", "model", "dataset"):
+            if asked := config.get("choices", {}).get(group):
+                raise RequestError(f"{group}={asked}: {path} names its own model and data; leave {group}= out")
+        settings = settings_of_checkpoint(saved, path, config["batch_size"])
+        model = checkpoint.build_model(saved, path)
+    else:
+        checkpoint.check_bare(config, path)
+        settings = settings_of_data(config, device)
+        model = checkpoint.build_bare(saved["model"], config, settings.input_shape, len(settings.classes), path)
+        tell(checkpoint.transforms_line(config))
+    checkpoint.check_finite(model, path)
+    return model.to(device).eval(), settings
+
+
+def settings_of_checkpoint(saved: dict[str, Any], path: Path, batch_size: int | None) -> Settings:
+    """What goes with a checkpoint; one that was made elsewhere may allow fewer pixels, but no more."""
+    ours, shape = checkpoint.is_ours(saved), saved["input_shape"]
+    own = trust.evaluation_of(saved["config"], shape, path, batch_size, ours=ours)
+    pixels = saved["config"]["dataset"].get("max_pixels")
+    if not isinstance(pixels, int) or not (ours or 0 < pixels < MAX_PIXELS):
+        pixels = MAX_PIXELS
+    classes = [printable(name) for name in saved["classes"]]
+    return Settings(classes, tuple(shape), own["eval_transforms"], pixels, own["batch_size"])
+
+
+def settings_of_data(config: dict[str, Any], device: torch.device) -> Settings:
+    """What goes with a bare state_dict: the class names and the shape of the images are those of the data asked for."""
+    batch_size = config["batch_size"] or 64
+    common = {"batch_size": batch_size, "seed": 0, "num_workers": 0, "limit_batches": None}
+    dataset = {**config["dataset"], "cache": False, "target_transform": None}
+    with no_downloads(), redirect_stdout(sys.stderr):  # where the predictions go
+        splits, classes = load_splits(dataset, only="test")
+    transforms = dataset["eval_transforms"]
+    shape = Batches(splits["test"], transforms, common, device).sample_shape()
+    return Settings([printable(name) for name in classes], shape, transforms, MAX_PIXELS, batch_size)
 
 
 @dataclass(frozen=True)
@@ -117,35 +171,63 @@ class Prediction:
 def find_images(requested: str | Sequence[str]) -> tuple[list[Path], list[str]]:
     """The files that files, folders and globs mean, each once and in order, and what is wrong with the rest."""
     found: dict[Path, None] = {}
-    problems = []
+    problems: dict[str, None] = {}
+    walked: set[str] = set()
     for request in [requested] if not isinstance(requested, (list, tuple)) else requested:
         path = Path(str(request)).expanduser()
-        matches = [path] if path.exists() else sorted(Path(match) for match in glob(str(path), recursive=True))
+        matches = [str(path)] if path.exists() else matching(str(path), problems)
         if not matches:
-            problems.append(f"{request}: {'matches nothing' if has_magic(str(request)) else 'no such file or folder'}")
+            problems[f"{request}: {'matches nothing' if has_magic(str(request)) else 'no such file or folder'}"] = None
         for match in matches:
-            for file in files_under(match, problems) if match.is_dir() else [match]:
-                found[file] = None
-    return list(found), problems
+            for file in files_under(match, walked, problems) if os.path.isdir(match) else [match]:
+                if os.path.isfile(file):
+                    found[Path(file)] = None
+                else:  # a FIFO would be waited for, a device might never end
+                    gone = os.path.islink(file) and not os.path.exists(file)
+                    problems[f"{file}: {'a link that leads nowhere' if gone else 'not a regular file'}"] = None
+    return list(found), list(problems)
 
 
-def files_under(folder: Path, problems: list[str]) -> Iterator[Path]:
-    """The files of a folder and of those in it, sorted, without hidden ones; a folder that holds none is a problem."""
-    seen = set()
-    for place, folders, names in os.walk(folder, followlinks=True, onerror=lambda e: problems.append(one_line(e))):
+def files_under(folder: str, walked: set[str], problems: dict[str, None]) -> Iterator[str]:
+    """The files of a folder and of those in it; a folder that holds none, or cannot be read, is a problem."""
+    for place, folders, names in walk(folder, walked, problems):
+        if not folders and not names:
+            problems[f"{place}: an empty folder"] = None
+        yield from (os.path.join(place, name) for name in names)
+
+
+def walk(folder: str, walked: set[str], problems: dict[str, None]) -> Iterator[tuple[str, list[str], list[str]]]:
+    """os.walk, sorted, without what is hidden and without the folders `walked` already: links may lead in circles."""
+    for place, folders, names in os.walk(folder, followlinks=True, onerror=lambda e: problems.setdefault(one_line(e))):
         here = os.path.realpath(place)
-        folders[:] = sorted(name for name in folders if not name.startswith(".")) if here not in seen else []
-        names = sorted(name for name in names if not name.startswith(".")) if here not in seen else []
-        problem = f"{place}: an empty folder"
-        if not names and not folders and here not in seen and problem not in problems:
-            problems.append(problem)
-        seen.add(here)  # a link may lead back to a folder above
-        yield from (Path(place, name) for name in names)
+        folders[:] = sorted(name for name in folders if not is_passed_over(name)) if here not in walked else []
+        if here not in walked:
+            walked.add(here)
+            yield place, folders, sorted(name for name in names if not is_passed_over(name))
+
+
+def is_passed_over(name: str) -> bool:
+    """Whether a file or folder is none that was put there to be looked at: a hidden one."""
+    return name.startswith(".")
+
+
+def matching(pattern: str, problems: dict[str, None]) -> list[str]:
+    """The paths that a pattern matches, as glob.glob finds them, which does not end where links lead in circles."""
+    parts = pattern.split(os.sep)
+    if "**" not in parts:
+        return sorted(glob(pattern))
+    place = parts.index("**")
+    top, rest = os.sep.join(parts[:place]), parts[place + 1 :]
+    tops = glob(top) if has_magic(top) else [top or (os.sep if place else os.curdir)]
+    if not rest:
+        return sorted(tops)
+    below = [folder for top in tops for folder, _, _ in walk(top, set(), problems)]
+    return sorted(path for folder in below for path in matching(os.path.join(escape(folder), *rest), problems))
 
 
 def true_class(path: Path, classes: Sequence[str]) -> str | None:
     """The class that the image's folder is named after, or None."""
-    folder = path.absolute().parent.name
+    folder = printable(path.absolute().parent.name)
     return folder if folder in classes else None
 
 
@@ -200,7 +282,7 @@ class Images(Dataset):
 
     def on_device(self, images: Tensor, indices: Tensor, device: torch.device) -> Tensor:
         """A batch of images as the model gets them, floats `[batch, channels, height, width]`."""
-        return to_float(self._transformed(self.for_batch, images.to(device, non_blocking=True), indices))
+        return to_float(self._transformed(self.for_batch, images.to(device), indices))
 
     def _transformed(self, transforms: Sequence[Any], images: Tensor, index: int | Tensor) -> Tensor:
         if not self.random:  # as nearly always; draws would cost more than decoding a small image
@@ -239,14 +321,17 @@ class Classifier:
 
     @torch.inference_mode()
     def __call__(self, pixels: Tensor | None, about: Sequence[About]) -> list[Ranked]:
-        """What the images of a batch `[batch, channels, height, width]` are."""
+        """What the images of a batch `[batch, channels, height, width]` are; nothing where it gives no number."""
         if pixels is None:
             return []
         indices = torch.tensor([index for index, error, _ in about if error is None])
         probabilities = self.model(self.images.on_device(pixels, indices, self.device)).float().softmax(1)
         values, places = probabilities.topk(min(self.top_k, len(self.classes)))
         rows = zip(values.tolist(), places.tolist(), strict=True)
-        return [[(self.classes[c], p) for p, c in zip(row, column, strict=True)] for row, column in rows]
+        return [
+            [(self.classes[c], p) for p, c in zip(row, column, strict=True)] if math.isfinite(sum(row)) else []
+            for row, column in rows
+        ]
 
     def classified(self, samples: Sequence[tuple[int, Tensor | str, bool]]) -> tuple[list[Ranked], list[About]]:
         """`collate`, with the classes of the images in place of the images."""
@@ -272,10 +357,12 @@ def predicted(
     try:
         for found, about in loader:
             ranked = iter(found if in_workers else classifier(found, about))
-            yield [
-                Prediction(str(images.paths[i]), truths[i], [] if error else next(ranked), error, scaled)
-                for i, error, scaled in about
-            ]
+            batch = []
+            for i, error, scaled in about:
+                first = [] if error else next(ranked)
+                error = error or (None if first else "the model gives no finite numbers for it")
+                batch.append(Prediction(str(images.paths[i]), truths[i], first, error, scaled))
+            yield batch
     except torch.OutOfMemoryError:
         raise RunError(f"batch_size={batch_size}: too much for the memory of {device}; try {batch_size // 2}") from None
     except RuntimeError as error:
@@ -298,9 +385,9 @@ def say(text: str) -> None:
         sys.exit(141)  # as a shell reports SIGPIPE
 
 
-def tell(problem: str) -> None:
-    """To standard error: what is not predicted, and why."""
-    tqdm.write(f"not predicted: {problem}", file=sys.stderr)
+def tell(text: str) -> None:
+    """To standard error, past a progress bar."""
+    tqdm.write(printable(text), file=sys.stderr)
 
 
 class Layout:
@@ -314,7 +401,7 @@ class Layout:
 
     def __init__(self, images: Iterable[str], classes: Sequence[str], with_truth: bool) -> None:
         self.with_truth = with_truth
-        self.image = min(60, max(5, *map(len, images)))
+        self.image = min(60, max(5, *(len(printable(image)) for image in images)))
         self.name = max(9, *map(len, classes))
 
     def header(self) -> str:
@@ -327,7 +414,8 @@ class Layout:
         rest = ", ".join(f"{other} {p:.2%}" for other, p in others)
         return self._row(prediction.image, prediction.true or "", name, f"{probability:.2%}", rest)
 
-    def _row(self, image: str, true: str, predicted: str, probability: str, rest: str) -> str:
+    def _row(self, *cells: str) -> str:
+        image, true, predicted, probability, rest = map(printable, cells)
         truth = f"  {true:<{self.name}}" if self.with_truth else ""
         return f"{image:<{self.image}}{truth}  {predicted:<{self.name}}  {probability:>7}  {rest}".rstrip()
 
@@ -358,18 +446,22 @@ def finish(
     done = [prediction for prediction in predictions if not prediction.error]
     if not done:
         raise RequestError("images: none of them could be read; they are named above")
+    if output and output.suffix == ".csv":
+        files.write(output, as_csv(predictions))
+    elif output:
+        files.write_json(output, as_json(predictions))
     if output:
-        text = as_csv(predictions) if output.suffix == ".csv" else as_json(predictions)
-        files.write(output, text)
-        print(f"written to {output}", file=sys.stderr)
+        print(f"written to {printable(str(output))}", file=sys.stderr)
     scaled = sum(prediction.scaled for prediction in done)
     if scaled:
         size = "x".join(map(str, input_shape[1:]))
-        print(f"{scaled:,} of {len(done):,} images were scaled to the {size} pixels of the model", file=sys.stderr)
+        were = "was" if scaled == 1 else "were"
+        of = f"{scaled:,} of {counted(len(done), 'image')}"
+        print(f"{of} {were} scaled to the {size} pixels of the model", file=sys.stderr)
     known = [prediction for prediction in done if prediction.true is not None]
     if known:
         right = sum(prediction.true == prediction.ranked[0][0] for prediction in known)
-        of = f"{len(known):,} images whose folder is named after a class"
+        of = f"{counted(len(known), 'image')} whose folder is named after a class"
         print(f"accuracy {right / len(known):.2%} of {of}", file=sys.stderr)
     failed = len(predictions) - len(done) + len(problems)
     if failed:
@@ -391,13 +483,13 @@ def as_csv(predictions: Sequence[Prediction]) -> str:
         for rank, (name, probability) in enumerate(prediction.ranked, 1):
             end = "" if rank == 1 else f"_{rank}"
             row |= {f"predicted{end}": name, f"probability{end}": f"{probability:.6f}"}
-        table.writerow(row)
+        table.writerow({column: printable(cell or "") for column, cell in row.items()})
     return text.getvalue()
 
 
-def as_json(predictions: Sequence[Prediction]) -> str:
+def as_json(predictions: Sequence[Prediction]) -> list[dict[str, Any]]:
     """A list of objects: image, true (null where no folder tells), predicted, probability, top, error (null: none)."""
-    rows = [
+    return [
         {
             "image": prediction.image,
             "true": prediction.true,
@@ -408,4 +500,3 @@ def as_json(predictions: Sequence[Prediction]) -> str:
         }
         for prediction in predictions
     ]
-    return json.dumps(rows, indent=1, ensure_ascii=False) + "\n"

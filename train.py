@@ -23,8 +23,8 @@ from engine import checkpoint, files, report, runs, trust
 from engine.config import build
 from engine.errors import RequestError
 from engine.loader import Batches, choose_device, fingerprint, load_splits
-from engine.metrics import Tally, accuracy, evaluate
-from engine.progress import Bar, epoch_line
+from engine.metrics import Tally, accuracy, evaluate, loss_name
+from engine.progress import Bar, epoch_line, watched
 from engine.runs import log
 from engine.saver import Progress, RandomStates, Saver
 from engine.schedules import build_schedule
@@ -64,6 +64,7 @@ def main(config: dict[str, Any]) -> float:
     torch.manual_seed(config["seed"])
     model = to_device(build(config["model"], "model", input_shape=input_shape, num_classes=len(classes)), device)
     criterion = to_device(build(config["criterion"], "criterion"), device)
+    trained_with = loss_name(criterion, data["target_transform"])
     try_step(model, criterion, config["optimizer"], train_batches, input_shape, len(classes))
     optimizer = build(config["optimizer"], "optimizer", model.parameters())
     steps = len(train_batches)
@@ -91,13 +92,16 @@ def main(config: dict[str, Any]) -> float:
     }
     saver = Saver(directory, about, {**parts, "random": RandomStates()}, **config["checkpoint"])
     describe(config, model, splits, input_shape, classes, device, directory)
+    if trained_with:
+        log.info(f"loss     {trained_with} in training, plain cross-entropy in validation and test")
     if config["resume"]:
         saver.restore(config["changed"], steps)
         runs.save_config(directory, config)
 
     # The epochs.
     trackers = Trackers(config, directory, next_epoch=progress.epoch)
-    with frozen_memory(), report.LiveCurves(directory / "curves.png") as curves, trackers, saver:
+    curves = report.LiveCurves(directory / "curves.png", trained_with)
+    with frozen_memory(), curves, trackers, saver:
         while progress.epoch <= config["epochs"] and not stop_early(progress, patience):
             train_epoch(model, train_batches, criterion, optimizer, schedule, tally, progress, saver, config)
             train_loss, train_accuracy = tally.read()
@@ -105,7 +109,9 @@ def main(config: dict[str, Any]) -> float:
             row |= {"val_loss": None, "val_accuracy": None, "lr": progress.lr, "seconds": progress.seconds}
             row["images_per_second"] = tally.samples / row["seconds"]
             if val_batches:
-                row["val_loss"], confusion = evaluate(model, saver.watch(val_batches), len(classes))
+                row["val_loss"], confusion = evaluate(
+                    model, watched(saver.watch(val_batches), "validation", len(val_batches)), len(classes)
+                )
                 row["val_accuracy"] = accuracy(confusion)
 
             saver.check(row["val_loss"])
@@ -119,7 +125,9 @@ def main(config: dict[str, Any]) -> float:
         # The test set, once, with the best weights.
         best = checkpoint.read(directory / "best.pt")
         checkpoint.load_weights(model, best["model"], directory / "best.pt")
-        test_loss, confusion = evaluate(model, saver.watch(test_batches), len(classes))
+        test_loss, confusion = evaluate(
+            model, watched(saver.watch(test_batches), "test", len(test_batches)), len(classes)
+        )
         saver.check_result(test_loss)
     summary = summarise(progress, about, test_loss, accuracy(confusion))
     runs.write_metrics(directory / "metrics.csv", progress.history)

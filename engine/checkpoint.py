@@ -10,17 +10,18 @@ import io
 import math
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor, nn
 
 from engine import archive, files, trust
 from engine.config import build
-from engine.errors import RequestError, one_line
+from engine.errors import RequestError, one_line, printable
 
 FORMAT = 1
 MOST_VALUES, MOST_NESTED = 1_000_000, 32  # of numbers, texts and tensors in a checkpoint, and of levels
@@ -217,3 +218,59 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], path: Path) -> None
     """Put weights into a model, or raise RequestError if they do not fit it."""
     check_fit(model, state, path)
     model.load_state_dict(state)
+
+
+def check_finite(model: nn.Module, path: Path) -> None:
+    """Refuse weights that are not finite numbers: all that a model says with them is wrong, and looks like an answer.
+
+    Raises:
+        RequestError: naming the first parameter, or buffer, where a mask may hold minus infinity.
+    """
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_floating_point():
+            bad = ~tensor.detach().isfinite()
+            if not isinstance(tensor, nn.Parameter):
+                bad &= ~tensor.isneginf()
+            if bad.any():
+                raise RequestError(
+                    f"{path}: {int(bad.sum()):,} of the {bad.numel():,} numbers of {name} are not finite (nan or inf): "
+                    "its training went wrong; use another checkpoint"
+                )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A bare state_dict, which tells neither model nor data
+
+
+def check_bare(config: dict[str, Any], path: Path) -> None:
+    """Refuse a bare state_dict unless model and data are named on the command line.
+
+    Raises:
+        RequestError: they are not.
+    """
+    if not config.get("model") or not config.get("choices", {}).get("dataset"):
+        raise RequestError(
+            f"{path}: a bare state_dict, which tells neither model nor data; say which it is for: "
+            "model=mlp dataset=fashion_mnist, or experiment=tutorial"
+        )
+
+
+def build_bare(
+    state: dict[str, Tensor], config: dict[str, Any], input_shape: Sequence[int], num_classes: int, path: Path
+) -> nn.Module:
+    """The model that the command line names, with the weights of a bare state_dict.
+
+    Raises:
+        RequestError: they do not fit.
+    """
+    model = build(config["model"], "model", input_shape=tuple(input_shape), num_classes=num_classes)
+    load_weights(model, state, path)
+    return model
+
+
+def transforms_line(config: dict[str, Any]) -> str:
+    """What is done to images before a bare state_dict sees them; with other transforms than in training it is worse."""
+    listed = yaml.safe_dump(config["dataset"]["eval_transforms"], default_flow_style=True, width=1000).strip()
+    experiment = config["choices"].get("experiment")
+    source = f"experiment={experiment}" if experiment else f"dataset={config['choices']['dataset']}"
+    return f"dataset.eval_transforms={printable(listed)}, of {source}; the file does not say what its training had"

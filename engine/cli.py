@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import hydra
 import yaml
 from hydra._internal.utils import get_args_parser
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import OverrideParseException
 from hydra.experimental.callback import Callback
@@ -122,6 +123,8 @@ def _as_hydra_wants_it(entry: str, arguments: list[str]) -> list[str]:
     overrides = typed.as_meant(
         entry, overrides, lambda: known_names(entry, overrides, directories), group_options(directories)
     )
+    if entry in ("evaluate", "predict"):
+        overrides = _without_experiment(overrides)
     if entry == "evaluate" and not any(a.startswith("dataset=") for a in overrides):
         # Settings of the checkpoint's own dataset: let them through, main() holds them against the checkpoint.
         overrides = ["++" + a if a.startswith("dataset.") else a for a in overrides]
@@ -179,6 +182,38 @@ class SweepStart(Callback):
             sys.exit(_told(error, sys.argv[1:], str(config.hydra.job.name)))
 
 
+_of_experiment: list[str] = []  # the words that _without_experiment() took out
+
+
+def _without_experiment(arguments: list[str]) -> list[str]:
+    """The command line of evaluate.py or predict.py without `experiment=NAME` and the words about its model and data.
+
+    An experiment sets what training has. It is composed with training's configuration, by _of_training().
+    """
+    global _of_experiment
+    chosen = [a for a in arguments if re.fullmatch(r"experiment=(?!null$).+", a)]
+    words = [a for a in arguments if re.match(r"[+~]*(model|dataset)[=.]", a)] if chosen else []
+    _of_experiment = [*chosen, *words]
+    return [a for a in arguments if a not in words and not a.startswith("experiment=")]
+
+
+def _of_training(plain: dict[str, Any], directories: Sequence[Path]) -> dict[str, Any]:
+    """A checked configuration with the model and the data that training has with the `experiment=` asked for.
+
+    Raises:
+        RequestError: there is no such experiment, or one of its settings is wrong.
+    """
+    try:
+        composed = GlobalHydra.instance().config_loader().load_configuration("train", _of_experiment, RunMode.RUN)
+    except Exception as error:  # Hydra, OmegaConf and PyYAML each raise their own
+        raise RequestError(_explain(error, [*_of_experiment, *sys.argv[1:]], "train")) from None
+    own = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
+    found = check(own, dict(composed.hydra.runtime.choices), directories, "train")
+    groups = ("model", "dataset", "experiment")
+    choices = {**plain["choices"], **{group: found["choices"][group] for group in groups}}
+    return {**plain, "model": found["model"], "dataset": found["dataset"], "choices": choices}
+
+
 def _job(config: DictConfig) -> Any:
     """One job: check its configuration, import its entry point (and with it torch), run it."""
     terminal.guard()  # of a launcher's process, too
@@ -205,7 +240,10 @@ def _checked(config: DictConfig) -> dict[str, Any]:
     hydra_config = config.hydra if "hydra" in config else HydraConfig.get()
     directories = [Path(s.path) for s in hydra_config.runtime.config_sources if s.schema == "file" and s.path]
     own = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
-    plain = check(own, dict(hydra_config.runtime.choices), directories, str(hydra_config.job.name))
+    entry = str(hydra_config.job.name)
+    plain = check(own, dict(hydra_config.runtime.choices), directories, entry)
+    if _of_experiment and entry != "train":
+        plain = _of_training(plain, directories)
     return resume.adopt(plain, hydra_config.overrides.task, directories) if plain.get("resume") else plain
 
 

@@ -62,16 +62,6 @@ def out_of_memory(error: BaseException, batch_size: int) -> str | None:
     return f"out of memory with batch_size={batch_size}; {half}"
 
 
-def out_of_memory(error: BaseException, batch_size: int) -> str | None:
-    """What to say and to try where a step ran out of memory, the device's or the machine's; None for other errors."""
-    words = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")  # torch has several
-    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    if not named and not (isinstance(error, RuntimeError) and any(word in str(error) for word in words)):
-        return None
-    half = f"try batch_size={batch_size // 2}" if batch_size > 1 else "try a smaller model or smaller images"
-    return f"out of memory with batch_size={batch_size}; {half}"
-
-
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """` (did you mean x or y?)` with the nearest of `known`, or an empty string when nothing is near."""
     names = {_plain(k): k for k in known}

@@ -83,7 +83,9 @@ class Tally:
 
 
 class Mistakes:
-    """The most confident errors of an evaluation; at most `keep` images are held, and the device is never waited for.
+    """The errors of an evaluation, the most confident first; the device is never waited for.
+
+    Of all of them there are numbers, of the first `keep` the images too.
 
     Args:
         keep: how many.
@@ -91,48 +93,56 @@ class Mistakes:
 
     def __init__(self, keep: int = 24) -> None:
         self.keep = keep
-        self.held: tuple[Tensor, ...] = ()  # images, truths, predictions, probabilities (-1 where there is no error)
+        self.images: Tensor | None = None  # the most confident so far, in order
+        self.sure: Tensor | None = None  # of those, as below
+        self.batches: list[tuple[Tensor, ...]] = []  # truths, predictions, probabilities (-1 where there is no error)
 
     def add(self, images: Tensor, logits: Tensor, labels: Tensor) -> None:
         """Take in a batch: images `[batch, channels, height, width]`, logits `[batch, num_classes]` and labels."""
         probabilities, predictions = logits.float().softmax(1).max(1)
         truths = class_of(labels)
         sure = torch.where(predictions != truths, probabilities, -1.0)
-        self.held = self._most_sure((images, truths, predictions, sure))  # images are copied for these few only
+        self.batches.append((truths, predictions, sure))
+        images, sure = self._most_sure(images, sure)  # images are copied for these few only
+        if self.images is not None and self.sure is not None:
+            images, sure = self._most_sure(torch.cat((self.images, images)), torch.cat((self.sure, sure)))
+        self.images, self.sure = images, sure
 
-    def _most_sure(self, new: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        def top(samples: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            places = samples[-1].topk(min(self.keep, len(samples[-1]))).indices
-            return tuple(tensor[places] for tensor in samples)
+    def _most_sure(self, images: Tensor, sure: Tensor) -> tuple[Tensor, Tensor]:
+        places = sure.sort(descending=True, stable=True).indices[: self.keep]  # of equally sure ones the earlier
+        return images[places], sure[places]
 
-        new = top(new)
-        return top(tuple(map(torch.cat, zip(self.held, new, strict=True)))) if self.held else new
+    def read(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Places, truths, predictions and probabilities `[n]` of all errors, and the images of the first.
 
-    def read(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Images `[n, channels, height, width]` as the model saw them, truths, predictions and probabilities `[n]`.
-
-        On the CPU, the most confident first. Waits for the device.
+        Places count the samples in the order in which they came, from 0. Images are `[at most keep, channels, height,
+        width]`, as the model saw them. All on the CPU. Waits for the device.
         """
-        errors = self.held[-1] >= 0
-        images, truths, predictions, probabilities = (tensor[errors].cpu() for tensor in self.held)
-        return images, truths, predictions, probabilities
+        assert self.images is not None and self.sure is not None
+        truths, predictions, sure = (torch.cat(parts).cpu() for parts in zip(*self.batches, strict=True))
+        places = sure.sort(descending=True, stable=True).indices[: int((sure >= 0).sum())]
+        return places, truths[places], predictions[places], sure[places], self.images[self.sure >= 0].cpu()
 
 
 @torch.inference_mode()
 def evaluate(
-    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], num_classes: int, mistakes: Mistakes | None = None
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    num_classes: int,
+    mistakes: Mistakes | None = None,
+    batch_losses: list[Tensor] | None = None,
 ) -> tuple[float, Tensor]:
     """Mean cross-entropy in nats, and the confusion matrix, of a model over batches.
 
     The loss is plain cross-entropy whatever the training criterion, so that runs can be compared. `mistakes`, if given,
-    takes in every batch.
+    takes in every batch; `batch_losses` gets the mean loss of each.
 
     Returns:
         loss, and counts int64 `[num_classes, num_classes]` on the CPU, rows the true class, columns the predicted.
     """
     training = model.training
     model.eval()
-    losses: list[Tensor] = []
+    losses = [] if batch_losses is None else batch_losses
     sizes: list[int] = []
     confusion = None
     for images, labels in batches:
@@ -151,6 +161,31 @@ def evaluate(
     weights = torch.tensor(sizes, dtype=torch.float64)
     loss = (torch.stack(losses).cpu().double() * weights).sum() / weights.sum()
     return float(loss), confusion.view(num_classes, num_classes).cpu()
+
+
+def loss_name(criterion: nn.Module, target_transform: str | None = None) -> str | None:
+    """What a training criterion measures, None where it is what `evaluate` measures: plain cross-entropy.
+
+    Args:
+        criterion: the loss.
+        target_transform: the name of what is done to training labels before.
+    """
+    changes = []
+    if type(criterion) is nn.CrossEntropyLoss:
+        if criterion.weight is not None:
+            changes.append("class weights")
+        if criterion.label_smoothing:
+            changes.append(f"label_smoothing={criterion.label_smoothing:g}")
+        if criterion.reduction != "mean":
+            changes.append(f"reduction={criterion.reduction}")
+        name = "cross-entropy"
+    else:
+        name = type(criterion).__name__
+    if target_transform is not None and not target_transform.endswith(".one_hot"):  # the same in another form
+        changes.append(f"labels by {target_transform}")
+    if name == "cross-entropy" and not changes:
+        return None
+    return f"{name} with {' and '.join(changes)}" if changes else name
 
 
 def accuracy(confusion: Tensor) -> float:

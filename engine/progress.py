@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, TypeVar
 
 from torch.optim import Optimizer
 from tqdm import tqdm
@@ -12,7 +13,38 @@ from tqdm import tqdm
 from engine import sweep
 from engine.metrics import Tally
 
+Item = TypeVar("Item")
 REFRESH = 0.25  # seconds; reading the tally waits for the device
+
+
+def watched(batches: Iterable[Item], title: str, total: int | None = None) -> Iterable[Item]:
+    """Batches that are counted by a bar on stderr from the second second on; by none if that is no terminal.
+
+    Args:
+        batches: whatever is gone through.
+        title: what is being done.
+        total: how many there are, where that is known.
+    """
+    return tqdm(
+        batches,
+        desc=f"{sweep.label}  {title}".strip(),
+        total=total or None,
+        delay=1,
+        leave=False,
+        disable=not is_terminal(),
+        dynamic_ncols=True,
+        bar_format=None if not total else "{desc} {percentage:3.0f}%|{bar}| {n}/{total} [{elapsed}<{remaining}]",
+    )
+
+
+def is_terminal() -> bool:
+    """Whether stderr is a terminal; it may also have been closed (`2>&-`)."""
+    return sys.stderr is not None and sys.stderr.isatty()
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 image`, `1,797 images`."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 class Bar:
@@ -20,7 +52,7 @@ class Bar:
 
     def __init__(self, title: str, total: int, done: int, tally: Tally, optimizer: Optimizer) -> None:
         self.bar = None
-        if sys.stderr.isatty():
+        if is_terminal():
             layout = "{desc} {percentage:3.0f}%|{bar}| {n}/{total} [{elapsed}<{remaining}{postfix}]"
             self.bar = tqdm(
                 total=total,

@@ -1,4 +1,4 @@
-"""Pictures of a run: curves.png, confusion.png and mistakes.png.
+"""Pictures: curves.png of a run, confusion.png and mistakes.png of an evaluation, sweep.png of many runs.
 
 They are drawn with matplotlib's objects on the Agg canvas, so no display and no global state is involved, and
 matplotlib is imported when the first one is drawn. A picture never makes a run fail: what goes wrong is one line of the
@@ -7,6 +7,7 @@ log. Sizes are in pixels and chosen so that every text can be read without zoomi
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -18,15 +19,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from torch import Tensor
 
-from engine.augment import Normalize
-from engine.errors import one_line
+from engine import compare
+from engine.errors import one_line, printable
 from engine.runs import log
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # a sweep draws without torch
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from torch import Tensor
 
 DPI = 100
 BLUE, ORANGE, GREY, BLACK = "#1f6fb4", "#d95f02", "#6b6b6b", "#222222"  # told apart with every common colour blindness
@@ -93,15 +94,25 @@ def _draw(path: Path, make: Callable[..., Figure], *arguments: Any) -> bool:
 
 def _say(text: str) -> None:
     """To the log of the run, or, where none is open as in an evaluation, to standard error."""
+    text = printable(text)
     if log.handlers:
         log.warning(text)
     else:
         print(text, file=sys.stderr)
 
 
-def beside(output: Path, picture: str) -> Path:
-    """Where a picture of an evaluation goes: next to its file, and named after it if that is not evaluation.json."""
-    return output.with_name(f"{picture}.png" if output.stem == "evaluation" else f"{output.stem}_{picture}.png")
+# The file of an evaluation, without its ending, by the split; the test's has the plain name.
+EVALUATION = {"test": "evaluation", "val": "evaluation_val", "train": "evaluation_train"}
+
+
+def beside(output: Path, what: str, ending: str = ".png") -> Path:
+    """Where a picture or list of an evaluation goes: next to its file, and named after it.
+
+    `confusion.png` beside evaluation.json, `confusion_val.png` beside evaluation_val.json, `other_confusion.png` beside
+    other.json.
+    """
+    name = output.stem.replace("evaluation", what) if output.stem in EVALUATION.values() else f"{output.stem}_{what}"
+    return output.with_name(name + ending)
 
 
 def _new_figure(width: float, height: float, **settings: Any) -> Figure:
@@ -152,17 +163,18 @@ def _fitted(text: str, size: float, limit: float) -> str:
 # curves.png
 
 
-def curves(history: Sequence[dict[str, Any]], path: Path) -> bool:
+def curves(history: Sequence[dict[str, Any]], path: Path, trained_with: str | None = None) -> bool:
     """Draw loss, accuracy and learning rate over the epochs.
 
     Args:
         history: the rows of metrics.csv; `val_loss` and `val_accuracy` are None without a validation part.
         path: of the PNG.
+        trained_with: what `train_loss` measures, where that is not cross-entropy, as `val_loss` is.
 
     Returns:
         whether it was drawn; if not, the reason was said.
     """
-    return _draw(path, curves_figure, history, path.parent.name)
+    return _draw(path, curves_figure, history, path.parent.name, trained_with)
 
 
 class LiveCurves:
@@ -176,13 +188,14 @@ class LiveCurves:
 
     Args:
         path: of the PNG.
+        trained_with: what the training loss measures, where that is not cross-entropy.
         share: of the epochs' time that drawing may take, above 0.
     """
 
     FIRST_SECONDS = 0.5  # what the first drawing is expected to take, with the import of matplotlib
 
-    def __init__(self, path: Path, share: float = 0.01) -> None:
-        self.path, self.share = path, share
+    def __init__(self, path: Path, trained_with: str | None = None, share: float = 0.01) -> None:
+        self.path, self.trained_with, self.share = path, trained_with, share
         self.cost, self.trained = self.FIRST_SECONDS, 0.0  # seconds a drawing takes, and of epochs since the last
         self.history: Sequence[dict[str, Any]] = ()
         self.waiting = False
@@ -197,7 +210,7 @@ class LiveCurves:
 
     def _draw(self) -> None:
         began = time.perf_counter()
-        self.failed = not curves(self.history, self.path)  # said once, not after every epoch
+        self.failed = not curves(self.history, self.path, self.trained_with)  # said once, not after every epoch
         self.cost, self.trained, self.waiting = time.perf_counter() - began, 0.0, False
 
     def __enter__(self) -> LiveCurves:
@@ -208,8 +221,8 @@ class LiveCurves:
             self._draw()
 
 
-def curves_figure(history: Sequence[dict[str, Any]], name: str) -> Figure:
-    """The figure of `curves`, headed by the run's `name`.
+def curves_figure(history: Sequence[dict[str, Any]], name: str, trained_with: str | None = None) -> Figure:
+    """The figure of `curves`, headed by the run's `name`. Losses that measure different things have an axis each.
 
     Raises:
         ValueError: there is no epoch to draw.
@@ -218,37 +231,57 @@ def curves_figure(history: Sequence[dict[str, Any]], name: str) -> Figure:
 
     if not history:
         raise ValueError("no epoch has ended yet")
-    figure = _new_figure(1350, 450)
-    panels = [_pixel_axes(figure, 80 + 443 * place, 58, 360, 312) for place in range(3)]
     epochs = [row["epoch"] for row in history]
-    marker = "o" if len(epochs) <= 30 else None
-    lines = (
-        (panels[0], "train_loss", BLUE, "training"),
-        (panels[0], "val_loss", ORANGE, "validation"),
-        (panels[1], "train_accuracy", BLUE, "training"),
-        (panels[1], "val_accuracy", ORANGE, "validation"),
-        (panels[2], "lr", GREY, "learning rate"),
-    )
-    for axes, column, color, label in lines:
-        values = [_finite(row[column]) for row in history]
-        if not np.isnan(values).all():
-            axes.plot(epochs, values, color=color, label=label, linewidth=1.8, marker=marker, markersize=4)
-    for axes, title in zip(panels, ("Loss", "Accuracy", "Learning rate"), strict=True):
+    training, validation = ("train_loss", BLUE, "training"), ("val_loss", ORANGE, "validation")
+    plain = "cross-entropy in nats"
+    losses = [("Loss", plain, [training, validation])]
+    if trained_with is not None:
+        losses = [("Training loss", trained_with, [training]), ("Validation loss", plain, [validation])]
+    panels = [
+        *losses,
+        ("Accuracy", "", [("train_accuracy", BLUE, "training"), ("val_accuracy", ORANGE, "validation")]),
+        ("Learning rate", "", [("lr", GREY, "learning rate")]),
+    ]
+    values = {column: [_finite(row[column]) for row in history] for *_, lines in panels for column, *_ in lines}
+    drawn = {column for column, numbers in values.items() if not np.isnan(numbers).all()}
+    panels = [panel for panel in panels if panel[0] != "Validation loss" or "val_loss" in drawn]
+    pitch = 1330 // len(panels)
+    figure = _new_figure(1350, 450)
+    handles: dict[str, Any] = {}
+    for place, (title, quantity, lines) in enumerate(panels):
+        axes = _pixel_axes(figure, 96 + pitch * place, 58, pitch - 99, 312)
+        for column, color, label in lines:
+            if column in drawn:
+                [handles[label]] = axes.plot(
+                    epochs,
+                    values[column],
+                    color=color,
+                    label=label,
+                    linewidth=1.8,
+                    marker="o" if len(epochs) <= 30 else None,
+                    markersize=4,
+                )
         axes.set_title(title)
         axes.set_xlabel("epoch")
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=8, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
+        if quantity:
+            axes.set_ylabel(_fitted(quantity, 10, 300))
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=pitch // 55, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
         axes.yaxis.set_major_locator(MaxNLocator(nbins=7, steps=[1, 2, 2.5, 5, 10]))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
         if len(epochs) == 1:
             axes.set_xlim(epochs[0] - 1, epochs[0] + 1)
-    panels[1].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.4g}%"))
-    panels[1].set_ylim(top=min(1.01, panels[1].get_ylim()[1]))
-    panels[2].set_ylim(bottom=0)
+        if title == "Accuracy":
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.4g}%"))
+            axes.set_ylim(top=min(1.01, axes.get_ylim()[1]))
+        elif title == "Learning rate":
+            axes.set_ylim(bottom=0)
     headline = _fitted(name, 11, 500) + _best_so_far(history)
     figure.text(16 / 1350, 1 - 24 / 450, headline, fontsize=11, va="center")
-    handles, labels = panels[0].get_legend_handles_labels()
+    known = [label for label in ("training", "validation") if label in handles]
     at = (1 - 12 / 1350, 1 - 24 / 450)
-    figure.legend(handles, labels, loc="center right", bbox_to_anchor=at, ncols=2, frameon=False)
+    figure.legend(
+        [handles[label] for label in known], known, loc="center right", bbox_to_anchor=at, ncols=2, frameon=False
+    )
     return figure
 
 
@@ -458,6 +491,7 @@ def mistakes(
     classes: Sequence[str],
     path: Path,
     transforms: Sequence[Any] = (),
+    names: Sequence[str] = (),
 ) -> bool:
     """Draw the most confident errors, in the order given: each image, what it is and what it was taken for.
 
@@ -469,12 +503,13 @@ def mistakes(
         classes: the names.
         path: of the PNG.
         transforms: what was done to the images; of this, `Normalize` is undone.
+        names: of the images, to be written below them.
 
     Returns:
         whether it was drawn; if not, the reason was said.
     """
     told = truths.tolist(), predictions.tolist(), probabilities.tolist()
-    return _draw(path, mistakes_figure, images, *told, classes, transforms)
+    return _draw(path, mistakes_figure, images, *told, classes, transforms, names)
 
 
 def mistakes_figure(
@@ -484,14 +519,17 @@ def mistakes_figure(
     probabilities: Sequence[float],
     classes: Sequence[str],
     transforms: Sequence[Any] = (),
+    names: Sequence[str] = (),
 ) -> Figure:
     """The figure of `mistakes`."""
+    from engine.augment import Normalize
+
     for transform in reversed(transforms):
         if isinstance(transform, Normalize):
             images = images * transform.std.cpu() + transform.mean.cpu()
     number, tile, picture, size = min(24, len(truths)), 210, 150, 9
     columns = max(3, min(6, number))
-    rows, row_height = -(-number // columns), picture + 76
+    rows, row_height = -(-number // columns), picture + (93 if names else 76)
     width, height = columns * tile + 20, max(1, rows) * row_height + 66 if number else 80
     figure = _new_figure(width, height)
     page = _Page(figure)
@@ -508,6 +546,8 @@ def mistakes_figure(
         page.write(middle, top + 7, _percent(probabilities[place]), size, "center", GREY)
         page.write(middle, below + 12, f"✗ {_fitted(classes[predictions[place]], size, limit)}", size, "center", ORANGE)
         page.write(middle, below + 29, f"✓ {_fitted(classes[truths[place]], size, limit)}", size, "center")
+        if names:
+            page.write(middle, below + 46, _fitted(names[place], size, tile - 12), size, "center", GREY)
     return figure
 
 
@@ -518,3 +558,120 @@ def _viewable(image: Tensor) -> tuple[np.ndarray, str]:
         pixels = pixels / 255
     pixels = pixels.clip(0, 1)
     return (pixels.transpose(1, 2, 0) if len(pixels) == 3 else pixels.mean(0)), "gray"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# sweep.png
+
+
+def sweep(rows: Sequence[dict[str, Any]], shown: Sequence[dict[str, Any]], column: str, path: Path) -> bool:
+    """Draw a sweep: the best configurations, each run a dot, and beside them what each setting did to the accuracy.
+
+    Args:
+        rows: the finished runs, as compare.read_runs gives them.
+        shown: the rows of the table, best first; where they stand for several seeds, with the standard deviation.
+        column: the accuracy on the axis.
+        path: of the PNG.
+
+    Returns:
+        whether it was drawn; if not, the reason was said.
+    """
+    return _draw(path, sweep_figure, rows, shown, column, path.parent.name)
+
+
+def sweep_figure(rows: Sequence[dict[str, Any]], shown: Sequence[dict[str, Any]], column: str, name: str) -> Figure:
+    """The figure of `sweep`, headed by the sweep's `name`."""
+    settings = [setting for setting in compare.differing(list(rows)) if setting != "seed"]
+    panels = [setting for setting in settings if _can_be_drawn(rows, setting)][:6]
+    best = list(shown[:25])
+    labels = [_fitted(_described(row, settings), 9, 400) for row in best]
+    line, plot, across, up, below = 24, 300, 300, 170, 110  # pixels
+    left, top, gap = 40 + max(_width(label, 9) for label in labels), 104, 100
+    list_height, grid_rows = line * len(best) + 8, -(-len(panels) // 2)
+    height = top + max(list_height + 62, grid_rows * (up + below))
+    width = max(660, left + plot + min(2, len(panels)) * (gap + across) + 30)
+    figure = _new_figure(width, height)
+    page = _Page(figure)
+    runs = f"{len(rows)} run" + "s" * (len(rows) != 1)
+    runs += f", the best {len(best)}" if len(best) < len(shown) else ""
+    page.write(16, 26, f"{_fitted(name, 12, width - 250)}: {runs}", 12, bold=True)
+    means = "; a ring is the mean over seeds, its bar their standard deviation" if "runs" in best[0] else ""
+    page.write(16, 50, _fitted(f"A dot is a run, the best on top{means}", 9, width - 32), color=GREY)
+
+    axes = _pixel_axes(figure, left, height - top - list_height, plot, list_height)
+    for place, row in enumerate(best):
+        of = [run[column] for run in rows if _values(run, settings) == _values(row, settings)]
+        axes.plot([_finite(value) for value in of], [place] * len(of), "o", color=BLUE, markersize=4, zorder=3)
+        if "runs" in row:
+            mean, spread = _finite(row[column]), row.get(f"{column}_std") or 0.0
+            axes.errorbar(mean, place, xerr=spread, fmt="o", mfc="none", color=GREY, capsize=3, markersize=9, zorder=2)
+    axes.set_yticks(range(len(best)), labels, fontsize=9)
+    axes.set_ylim(len(best) - 0.5, -0.5)
+    axes.margins(x=0.08)
+    _percent_axis(axes.xaxis, 5)
+    axes.set_xlabel(column.replace("val_", "validation ").replace("_", " "))
+    for place, setting in enumerate(panels):
+        x, y = left + plot + gap + place % 2 * (across + gap), top + place // 2 * (up + below)
+        axes = _pixel_axes(figure, x, height - y - up, across, up)
+        _draw_setting(
+            axes, [row for row in rows if setting in row and row[column] is not None], setting, column, across
+        )
+        axes.set_title(_fitted(setting, 11, across - 20))
+        _percent_axis(axes.yaxis, 6)
+    return figure
+
+
+def _values(row: dict[str, Any], settings: Sequence[str]) -> list[str | None]:
+    return [compare.cell(row[name]) if name in row else None for name in settings]
+
+
+def _described(row: dict[str, Any], settings: Sequence[str]) -> str:
+    """What tells a configuration from the others."""
+    words = [_fitted(f"{name.rpartition('.')[2]}={_brief(row[name])}", 9, 150) for name in settings if name in row]
+    return "  ".join(words) or str(row.get("run", "all runs"))
+
+
+def _brief(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else compare.cell(value)
+
+
+def _can_be_drawn(rows: Sequence[dict[str, Any]], name: str) -> bool:
+    """Whether a setting has numbers, or few enough other values to be told apart on an axis."""
+    values = {compare.cell(row[name]) for row in rows if name in row}
+    return len(values) <= 6 or all(compare.as_number(value) is not None for value in values)
+
+
+def _percent_axis(axis: Any, most: int) -> None:
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    axis.set_major_locator(MaxNLocator(nbins=most, steps=[1, 2, 2.5, 5, 10]))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.4g}%"))
+
+
+def _draw_setting(axes: Axes, rows: Sequence[dict[str, Any]], name: str, column: str, across: int) -> None:
+    """The accuracy of every run over one setting; over a learning rate or the like on a logarithmic axis."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+    values, accuracies = [row[name] for row in rows], [_finite(row[column]) for row in rows]
+    dots = {"color": BLUE, "markersize": 4, "alpha": 0.6}
+    if all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values):
+        axes.plot(values, accuracies, "o", **dots)  # type: ignore[arg-type]
+        decades = math.log10(max(values) / min(values)) if min(values) > 0 else 0
+        if decades >= 1:
+            axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=[1.0] if decades > 2 else [1.0, 2.0, 5.0], numticks=6))
+            axes.xaxis.set_minor_formatter(NullFormatter())
+        else:
+            axes.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10], min_n_ticks=1))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
+        axes.margins(x=0.08)
+        return
+    texts = [compare.cell(value) for value in values]
+    known = sorted(set(texts))
+    axes.plot([known.index(text) for text in texts], accuracies, "o", **dots)  # type: ignore[arg-type]
+    slanted = max(_width(text, 9) for text in known) > across / len(known) - 8
+    axes.set_xticks(range(len(known)), [_fitted(text, 9, 100 if slanted else across) for text in known], fontsize=9)
+    if slanted:
+        for label in axes.get_xticklabels():
+            label.set(rotation=30, ha="right", rotation_mode="anchor")
+    axes.set_xlim(-0.5, len(known) - 0.5)

@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import math
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import torchvision
 from conftest import Call
+from PIL import Image
+from test_tutorial import tutorial_epochs, write_fashion_mnist
 from torch import nn
+from torch.utils.data import DataLoader
+from torchvision.datasets import FashionMNIST
+from torchvision.transforms import ToTensor
+
+import datasets
+from engine import checkpoint, report
+from evaluate import by_name
+from models.mlp import MLP
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +52,17 @@ def trained(call: Call, tmp_path: Path, original: dict[str, bytes]) -> Path:
         (tmp_path / name).write_bytes(content)
     (tmp_path / "checkpoints" / "latest").symlink_to("run")
     return run
+
+
+@pytest.fixture(autouse=True)
+def empty_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures are files without content here, which saves half of the time; what they show is tested elsewhere."""
+
+    def draw(path: Path, *_: Any) -> bool:
+        path.touch()
+        return True
+
+    monkeypatch.setattr(report, "_draw", draw)
 
 
 def figures(text: str) -> list[str]:
@@ -75,7 +101,7 @@ def test_a_file_that_was_moved(call: Call, trained: Path, tmp_path: Path) -> Non
     shutil.rmtree(tmp_path / "checkpoints")
     answer = call("evaluate", "checkpoint=far/away.pt")
     assert figures(answer.out) == figures((tmp_path / "printed.txt").read_text())
-    made = {"evaluation.json", "confusion.png", "mistakes.png"}
+    made = {"evaluation.json", "confusion.png", "mistakes.png", "mistakes.csv"}
     assert {p.name for p in elsewhere.parent.iterdir()} == {"away.pt", *made}
     assert not (tmp_path / "checkpoints").exists()
 
@@ -250,3 +276,295 @@ def test_data_of_another_shape_or_with_other_classes(call: Call, trained: Path, 
     write_mnist(tmp_path / "data", seed=0)
     said = call("evaluate", "dataset=mnist").error
     assert "[1, 8, 8]" in said and "[1, 28, 28]" in said
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Classes are compared by name
+
+
+COLOURS = ["red", "green", "blue"]
+
+
+def write_colours(folder: Path, names: list[str], channels: list[int]) -> None:
+    """train/ and test/ with five pictures a class, of the colour of its channel; the second class's last one is red."""
+    for part in ("train", "test"):
+        for name, channel in zip(names, channels, strict=True):
+            place = folder / part / name
+            place.mkdir(parents=True)
+            for number in range(5):
+                pixels = np.full((6, 6, 3), 20, dtype=np.uint8)
+                pixels[:, :, 0 if number == 4 and name == names[1] else channel] = 150 + 20 * number
+                Image.fromarray(pixels).save(place / f"{number}.png")
+
+
+def write_colour_model(file: Path, root: str, classes: list[str] = COLOURS, scale: float = 4.0, **run: Any) -> None:
+    """A checkpoint of an MLP that tells red, green and blue apart: its logits are the channels' means times `scale`."""
+    model = MLP((3, 6, 6), 3, hidden=[3])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        for channel in range(3):
+            model.linear_relu_stack[0].weight[channel, 36 * channel : 36 * (channel + 1)] = 1 / 36
+            model.linear_relu_stack[2].weight[channel, channel] = scale
+    dataset = {"_target_": "datasets.image_folder", "root": root, "test_fraction": 0.5, "channels": 3}
+    dataset |= {"max_pixels": 10_000, "skip_unreadable": False, "cache": False, "cache_dir": "data/cache"}
+    dataset |= {"val_fraction": 0.0, "limit": None, "target_transform": None, "steps_per_epoch": None}
+    dataset |= {"train_transforms": [], "eval_transforms": []}
+    config: dict[str, Any] = {"model": {"_target_": "models.mlp.MLP", "hidden": [3], "dropout": 0.0}}
+    config |= {"dataset": dataset, "choices": {"model": "mlp", "dataset": "image_folder"}, "seed": 0}
+    config |= {"batch_size": 4, "limit_batches": None, **run}
+    about = {"format": 1, "classes": classes, "input_shape": [3, 6, 6], "config": config}
+    checkpoint.write(file, {**about, "model": model.state_dict()})
+
+
+def colour_losses(names: list[str], scale: float = 4.0) -> list[float]:
+    """The cross-entropy of each of write_colours' pictures of a split, class by class, by hand."""
+    losses = []
+    for name in names:
+        for number in range(5):
+            logits = dict.fromkeys(COLOURS, scale * 20 / 255)
+            logits["red" if number == 4 and name == names[1] else name] = scale * (150 + 20 * number) / 255
+            losses.append(math.log(sum(math.exp(value) for value in logits.values())) - logits[name])
+    return losses
+
+
+def test_classes_in_another_order_are_compared_by_name(call: Call, tmp_path: Path) -> None:
+    names = ["blue", "green", "red"]  # as folders are sorted, which is not the model's order
+    write_colours(tmp_path / "photos", names, channels=[2, 1, 0])
+    write_colour_model(tmp_path / "best.pt", "photos")
+    answer = call("evaluate", "checkpoint=best.pt")
+    assert answer.code == 0, answer.err
+    losses = colour_losses(names)
+    assert figures(answer.out) == [("93.33%", f"{sum(losses) / 15:.4f}")]  # 15 samples, 4 a batch
+    assert "by name" in answer.out
+
+    result = json.loads((tmp_path / "evaluation.json").read_text())
+    assert list(result["per_class"]) == COLOURS
+    assert result["confusion"] == [[5, 0, 0], [1, 4, 0], [0, 0, 5]]  # rows are the true classes
+    assert result["per_class"]["red"] == {"precision": 5 / 6, "recall": 1, "f1": pytest.approx(10 / 11), "samples": 5}
+    assert result["per_class"]["green"] == {"precision": 1, "recall": 0.8, "f1": pytest.approx(8 / 9), "samples": 5}
+    lines = (tmp_path / "mistakes.csv").read_text().splitlines()
+    sure = 1 / (1 + 2 * math.exp(-4 * (230 - 20) / 255))
+    assert lines == ["file,true,predicted,probability", f"photos/test/green/4.png,green,red,{sure:.6f}"]
+
+
+@pytest.mark.parametrize("present", [["green", "red"], ["blue", "red"]])
+def test_some_of_the_models_classes_are_compared_by_name(call: Call, tmp_path: Path, present: list[str]) -> None:
+    write_colours(tmp_path / "photos", COLOURS, channels=[0, 1, 2])
+    write_colour_model(tmp_path / "best.pt", "photos")
+    for name in set(COLOURS) - set(present):
+        for part in ("train", "test"):
+            shutil.rmtree(tmp_path / "photos" / part / name)
+    answer = call("evaluate", "checkpoint=best.pt")
+    assert answer.code == 0, answer.err
+    result = json.loads((tmp_path / "evaluation.json").read_text())
+    whole = {"red": [5, 0, 0], "green": [1, 4, 0], "blue": [0, 0, 5]}
+    assert result["confusion"] == [whole[name] if name in present else [0, 0, 0] for name in COLOURS]
+    assert f"the data has {len(present)} of the model's 3 classes" in answer.out
+    average = next(line for line in answer.out.splitlines() if line.startswith("average")).split()
+    recalls = {"red": 1.0, "green": 0.8, "blue": 1.0}  # the average is of the classes that there are
+    assert average[2] == f"{sum(recalls[name] for name in present) / len(present):.4f}"
+
+
+@pytest.mark.parametrize(
+    ("names", "strange"), [(["ant", "bee", "cow"], "ant, bee, cow"), (["blue", "cow", "red"], "cow")]
+)
+def test_other_classes_are_refused(call: Call, tmp_path: Path, names: list[str], strange: str) -> None:
+    write_colours(tmp_path / "photos", names, channels=[0, 1, 2])
+    write_colour_model(tmp_path / "best.pt", "photos")
+    for more in ([], ["dataset=image_folder", "dataset.root=photos", "dataset.eval_transforms=[]"]):
+        said = call("evaluate", "checkpoint=best.pt", *more).error
+        assert "red, green, blue" in said and f"has {strange}," in said
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best.pt", "photos"]
+
+
+def test_a_hundred_classes_are_named_shortly(call: Call, tmp_path: Path) -> None:
+    write_colours(tmp_path / "photos", [f"{n:02} {'x' * 200}" for n in range(40)], channels=[0] * 40)
+    write_colour_model(tmp_path / "best.pt", "photos")
+    said = call("evaluate", "checkpoint=best.pt").error
+    assert "35 more" in said and len(said) < 500
+
+
+def test_labels_that_are_probabilities_are_spread_by_name() -> None:
+    labels = torch.tensor([[0.25, 0.75], [1.0, 0.0]])
+    [(_, spread)] = by_name([(torch.zeros(2, 1, 1, 1), labels)], torch.tensor([2, 0]), num_classes=3)
+    assert spread.tolist() == [[0.75, 0.0, 0.25], [0.0, 0.0, 1.0]]
+
+
+def test_names_that_would_steer_a_terminal(call: Call, tmp_path: Path) -> None:
+    odd = ["re\x1b[31md", "gr\x9been", "bl\u202eue"]
+    write_colours(tmp_path / "photos", odd, channels=[0, 1, 2])
+    write_colour_model(tmp_path / "best.pt", "photos", classes=odd)
+    answer = call("evaluate", "checkpoint=best.pt")
+    assert answer.code == 0, answer.err
+    for text in (answer.out, (tmp_path / "mistakes.csv").read_text(), (tmp_path / "evaluation.json").read_text()):
+        assert all(character.isprintable() or character == "\n" for character in text)
+    assert "re\\x1b[31md  " in answer.out
+    names = list(json.loads((tmp_path / "evaluation.json").read_text())["per_class"])
+    assert names == ["re\\x1b[31md", "gr\\x9been", "bl\\u202eue"]
+    os.rename(
+        tmp_path / "photos" / "test" / odd[1] / "4.png", os.fsencode(tmp_path / "photos/test" / odd[1]) + b"/\xff.png"
+    )
+    assert call("evaluate", "checkpoint=best.pt").code == 0
+    assert "\\udcff.png" in (tmp_path / "mistakes.csv").read_text()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The whole split, under its own name; numbers that are none
+
+
+def test_the_whole_split_whatever_the_run_was_limited_to(call: Call, tmp_path: Path) -> None:
+    write_colours(tmp_path / "photos", COLOURS, channels=[0, 1, 2])
+    write_colour_model(tmp_path / "best.pt", "photos", limit_batches=2)
+    assert " 15 samples" in call("evaluate", "checkpoint=best.pt", "batch_size=1").out
+    assert " 1 sample (dataset.limit=1)" in call("evaluate", "checkpoint=best.pt", "dataset.limit=1").out
+
+
+def test_each_split_has_files_of_its_own(call: Call, trained: Path) -> None:
+    assert call("evaluate").code == 0
+    before = {file: file.read_bytes() for file in trained.iterdir()}
+    assert call("evaluate", "split=val").code == 0 and call("evaluate", "split=train").code == 0
+    assert before == {file: file.read_bytes() for file in before}
+    made = {name for what in ("val", "train") for name in (f"evaluation_{what}.json", f"mistakes_{what}.csv")}
+    made |= {f"{picture}_{what}.png" for what in ("val", "train") for picture in ("confusion", "mistakes")}
+    assert {file.name for file in trained.iterdir()} - {file.name for file in before} == made
+
+
+def test_every_mistake_is_listed_by_its_place_in_the_data(call: Call, trained: Path) -> None:
+    answer = call("evaluate")
+    _, (images, labels), *_ = vars(datasets.digits()).values()
+    model = MLP((1, 8, 8), 10, hidden=[16])
+    model.load_state_dict(torch.load(trained / "best.pt", weights_only=True)["model"])
+    with torch.no_grad():
+        sure, found = model(images / 255).softmax(1).max(1)
+    with (trained / "mistakes.csv").open(newline="") as lines:
+        rows = list(csv.DictReader(lines))
+    assert {int(row["sample"]) for row in rows} == set((found != labels).nonzero().flatten().tolist())
+    assert f"accuracy {1 - len(rows) / len(labels):.2%}" in answer.out
+    for row in rows:
+        at = int(row["sample"])
+        assert (row["true"], row["predicted"]) == (str(int(labels[at])), str(int(found[at])))
+        assert float(row["probability"]) == pytest.approx(float(sure[at]), abs=2e-6)
+    assert [row["probability"] for row in rows] == sorted((row["probability"] for row in rows), reverse=True)
+
+
+def test_weights_that_are_not_finite_are_refused(call: Call, trained: Path) -> None:
+    saved = torch.load(trained / "best.pt", weights_only=True)
+    for value in (math.nan, math.inf):
+        saved["model"]["linear_relu_stack.2.weight"][0, 1] = value
+        torch.save(saved, trained / "best.pt")
+        before = sorted(file.name for file in trained.iterdir())
+        said = call("evaluate").error
+        assert "linear_relu_stack.2.weight" in said and "not finite" in said
+        assert "linear_relu_stack.2.weight" in call("predict", f"images={trained}").error
+        assert sorted(file.name for file in trained.iterdir()) == before
+
+
+def test_a_result_that_is_not_finite_is_a_failure(call: Call, tmp_path: Path) -> None:
+    write_colours(tmp_path / "photos", COLOURS, channels=[0, 1, 2])
+    write_colour_model(tmp_path / "best.pt", "photos", scale=3.4e38)
+    saved = torch.load(tmp_path / "best.pt", weights_only=True)
+    saved["model"]["linear_relu_stack.0.bias"] += 2  # 6.8e38 is more than a float holds
+    torch.save(saved, tmp_path / "best.pt")
+    answer = call("evaluate", "checkpoint=best.pt")
+    [line] = answer.err.splitlines()
+    assert answer.code == 1 and line.startswith("error: best.pt: the loss on the test split is ") and answer.out == ""
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best.pt", "photos"]
+    answer = call("predict", "checkpoint=best.pt", "images=photos/test", "output=result.json")
+    assert answer.code == 2 and answer.err.count("no finite numbers") == 15
+
+
+def test_a_test_loss_that_is_not_finite_ends_a_run_with_one_line(call: Call) -> None:
+    wild = ("optimizer.lr=1e30", "optimizer.momentum=0", "limit_batches=1", "epochs=1", "dataset.val_fraction=0")
+    answer = call("train", *wild, "model.hidden=[4]", "name=run")
+    assert answer.code == 1 and "the test loss is " in answer.err.splitlines()[-1] and "Traceback" not in answer.err
+    assert not Path("checkpoints/run/summary.json").exists()
+
+
+def test_the_checkpoint_is_not_overwritten_by_the_output(call: Call, trained: Path) -> None:
+    assert "is the checkpoint" in call("evaluate", f"output={trained / 'best.pt'}").error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A bare state_dict and an experiment
+
+
+def test_the_tutorials_model_gives_the_tutorials_figures(call: Call, tmp_path: Path) -> None:
+    write_fashion_mnist(tmp_path / "data" / "FashionMNIST" / "raw")
+    training = FashionMNIST("data", train=True, transform=ToTensor())
+    test_data = FashionMNIST("data", train=False, transform=ToTensor())
+    model = tutorial_epochs(training, epochs=1)
+    torch.save(model.state_dict(), "model.pth")
+
+    # The tutorial's own test loop.
+    dataloader, loss_fn = DataLoader(test_data, batch_size=64), nn.CrossEntropyLoss()
+    model.eval()
+    test_loss, correct = 0.0, 0.0
+    with torch.no_grad():
+        for images, labels in dataloader:
+            prediction = model(images)
+            test_loss += loss_fn(prediction, labels).item()
+            correct += (prediction.argmax(1) == labels).type(torch.float).sum().item()
+        everything = torch.stack([image for image, _ in test_data])
+        true = torch.tensor([label for _, label in test_data])
+        by_sample = float(nn.functional.cross_entropy(model(everything), true))
+        probabilities = model(everything[:1]).softmax(1)[0]
+    test_loss /= len(dataloader)
+    correct /= len(test_data)
+
+    answer = call("evaluate", "checkpoint=model.pth", "experiment=tutorial")
+    assert answer.code == 0, answer.err
+    assert f"accuracy {correct:.2%}, loss {by_sample:.4f}" in answer.out
+    assert f"loss {test_loss:.6f} as the average of batches" in answer.out
+    result = json.loads(Path("evaluation.json").read_text())
+    assert result["accuracy"] == correct and result["loss"] == pytest.approx(by_sample, rel=1e-6)
+    assert "dataset.eval_transforms=[], of experiment=tutorial" in answer.out
+    answer = call("evaluate", "checkpoint=model.pth", "model=mlp", "dataset=fashion_mnist")
+    assert "eval_transforms=[{Normalize: {mean: [0.286], std: [0.353]}}], of dataset=fashion_mnist" in answer.out
+
+    Image.fromarray((everything[0, 0] * 255).round().byte().numpy()).save("boot.png")
+    answer = call(
+        "predict", "checkpoint=model.pth", "experiment=tutorial", "images=boot.png", "output=boot.json", "top_k=10"
+    )
+    assert answer.code == 0, answer.err
+    [row] = json.loads(Path("boot.json").read_text())
+    names = list(result["per_class"])
+    assert {entry["class"]: entry["probability"] for entry in row["top"]} == pytest.approx(
+        dict(zip(names, probabilities.tolist(), strict=True)), abs=1e-6
+    )
+    assert "eval_transforms=[]" in answer.err and len(answer.out.splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["experiment=tutoral"], "no such experiment (did you mean tutorial?)"),
+        (["experiment=tutorial", "model.hiden=[3]"], "there is no setting 'model.hiden' (did you mean model.hidden?"),
+        (["experiment=tutorial", "optimizer.lr=3"], "there is no setting 'optimizer.lr'"),
+        (["experiment=null"], "experiment=tutorial"),
+        (["experiment=tutorial", "model=cnn"], "does not fit CNN"),
+    ],
+)
+def test_an_experiment_that_does_not_fit(call: Call, tmp_path: Path, words: list[str], said: str) -> None:
+    if "model=cnn" in words:
+        write_fashion_mnist(tmp_path / "data" / "FashionMNIST" / "raw")
+    torch.save(MLP((1, 28, 28), 10, hidden=[4]).state_dict(), "model.pth")
+    for entry in (["evaluate"], ["predict", "images=model.pth"]):
+        assert said in call(*entry, "checkpoint=model.pth", *words).error
+
+
+def test_an_experiment_is_refused_for_a_run(call: Call, trained: Path) -> None:
+    said = call("evaluate", "experiment=tutorial").error
+    assert "leave experiment= out" in said
+    assert "leave experiment= out" in call("predict", f"images={trained}", "experiment=tutorial").error
+    assert "leave model= out" in call("predict", f"images={trained}", "model=mlp").error
+
+
+def test_nothing_is_downloaded(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.save(MLP((1, 28, 28), 10, hidden=[4]).state_dict(), "model.pth")
+    for option, name in (("mnist", "MNIST"), ("cifar10", "CIFAR10")):
+        monkeypatch.setattr(torchvision.datasets, name, lambda *_, **__: os._exit(7))
+        for entry in (["evaluate"], ["predict", "images=model.pth"]):
+            said = call(*entry, "checkpoint=model.pth", "model=mlp", f"dataset={option}", "dataset.root=here").error
+            assert "here/" in said and f"python datasets.py dataset={option} dataset.root=here" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["model.pth"]

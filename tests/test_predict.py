@@ -177,7 +177,7 @@ def test_images_of_another_size_are_scaled_where_the_transforms_do_not_and_that_
     Image.fromarray(picture(0, 50, 30)).save(tmp_path / "larger.png")
     said = call(images=[str(tmp_path / "right.png"), str(tmp_path / "larger.png")], checkpoint=file)
     assert said.error is None and len(said.rows) == 2
-    assert "1 of 2 images were scaled to the 12x12 pixels of the model" in said.err
+    assert "1 of 2 images was scaled to the 12x12 pixels of the model" in said.err
 
     model = checkpoint.build_model(checkpoint.read(Path(file)), Path(file)).eval()
     pixels = datasets.read_image(tmp_path / "larger.png", 3)[None]
@@ -231,6 +231,87 @@ def test_a_link_in_a_circle_ends(folder: Path) -> None:
     assert len(found) == 3 and problems == []
 
 
+@pytest.mark.parametrize("asked", ["**/*.png", "**", "*", "cat/**/[12].png", "**/*/*.png"])
+def test_links_in_many_circles_end(folder: Path, asked: str) -> None:
+    """Five folders that each hold links to all five make 5^40 paths of what a link may lead through."""
+    for place in (folder / name for name in "abcde"):
+        place.mkdir()
+        for name in "abcde":
+            (place / f"to_{name}").symlink_to(folder / name, target_is_directory=True)
+    (folder / "cat" / "up").symlink_to(folder, target_is_directory=True)
+    found, _ = predict.find_images(str(folder / asked))
+    images = {path.resolve().relative_to(folder).as_posix() for path in found}
+    assert images >= {"cat/1.png", "cat/2.png"} and len(found) <= 20
+
+
+def test_what_is_no_regular_file_is_not_opened(folder: Path, call: Any) -> None:
+    os.mkfifo(folder / "cat" / "fifo.png")
+    (folder / "cat" / "zero.png").symlink_to("/dev/zero")
+    (folder / "cat" / "nowhere.png").symlink_to("nowhere")
+    said = call(images=[str(folder), "/dev/zero"], checkpoint=str(folder.parent / "best.pt"))
+    assert str(said.error) == "4 not predicted, named above; 3 predicted" and len(said.rows) == 3
+    assert sum(line.endswith("not a regular file") for line in said.err) == 3
+    assert any("nowhere.png: a link that leads nowhere" in line for line in said.err)
+
+
+def test_thousands_that_cannot_be_read_are_all_named(folder: Path, call: Any) -> None:
+    (folder / "many").mkdir()
+    for number in range(3000):
+        (folder / "many" / f"{number}.png").touch()
+    said = call(images=str(folder), checkpoint=str(folder.parent / "best.pt"), batch_size=64)
+    assert str(said.error) == "3,000 not predicted, named above; 3 predicted"
+    assert sum(line.startswith("not predicted: ") for line in said.err) == 3000
+
+
+def test_names_that_are_no_utf_8_or_would_steer_a_terminal(tmp_path: Path, call: Any) -> None:
+    classes = ["b\x1b[2Jee", "c\nat", "dog\x9b"]
+    file = write_checkpoint(tmp_path / "best.pt", (3, 12, 12), classes, {})
+    place = tmp_path / "photos" / classes[1]
+    place.mkdir(parents=True)
+    names = [b"\xff.png", b"a\x1b]0;title\x07.png", b"line\nend.png", b"broken\x1b.png"]
+    for name in names:
+        Image.fromarray(picture(0, 12, 12)).save(tmp_path / "plain.png")
+        os.replace(tmp_path / "plain.png", os.fsencode(place) + b"/" + name)
+    Path(os.fsdecode(os.fsencode(place) + b"/" + names[3])).write_text("no image")
+    for output in (tmp_path / "r.csv", tmp_path / "r.json"):
+        said = call(images=str(tmp_path / "photos"), checkpoint=file, output=str(output))
+        assert str(said.error) == "1 not predicted, named above; 3 predicted"
+        written = output.read_text(encoding="utf-8")
+        assert all(text.isprintable() for text in (*said.out, *said.err, *written.splitlines()))
+        assert len(said.out) == 4 and any("\\udcff.png" in line for line in said.out)
+        assert "accuracy " in said.err[-1] and "3 images whose folder" in said.err[-1]
+    paths = {os.fsencode(row["image"]).rpartition(b"/")[2] for row in json.loads(written)}
+    assert paths == set(names)
+
+
+def test_a_file_does_not_raise_the_limit_of_pixels(folder: Path, call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write_checkpoint(folder.parent / "best.pt", (3, 12, 12), CLASSES, {"max_pixels": 10**12})
+    monkeypatch.setattr(predict, "MAX_PIXELS", 200)
+    Image.fromarray(picture(0, 15, 15)).save(folder / "large.png")
+    said = call(images=str(folder), checkpoint=file)
+    assert any("large.png: 15x15 pixels are more than the 200 allowed" in line for line in said.err)
+
+
+@pytest.mark.parametrize("broken", [{"max_pixels": "many"}, {"eval_transforms": [3]}, {"eval_transforms": None}])
+def test_settings_that_make_no_sense_are_one_line(folder: Path, call: Any, broken: dict[str, Any]) -> None:
+    file = write_checkpoint(folder.parent / "best.pt", (3, 12, 12), CLASSES, broken)
+    said = call(images=str(folder), checkpoint=file)
+    assert isinstance(said.error, RequestError) and said.out == []
+    saved = torch.load(file, weights_only=True)
+    saved["config"]["dataset"] |= {"max_pixels": 10**6, "eval_transforms": []}
+    saved["config"]["batch_size"] = "4"
+    torch.save(saved, file)
+    said = call(images=str(folder), checkpoint=file)
+    assert isinstance(said.error, RequestError) and "batch_size=4: expected an integer >= 1" in str(said.error)
+
+
+def test_one_image_is_singular(folder: Path, call: Any) -> None:
+    Image.fromarray(picture(0, 15, 15)).save(folder / "cat" / "larger.png")
+    said = call(images=str(folder / "cat" / "larger.png"), checkpoint=str(folder.parent / "best.pt"))
+    assert "1 of 1 image was scaled to the 12x12 pixels of the model" in said.err
+    assert said.err[-1].endswith("of 1 image whose folder is named after a class")
+
+
 def test_what_cannot_be_predicted_is_named_and_the_others_are(folder: Path, call: Any) -> None:
     (folder / "notes.txt").write_text("no image")
     (folder / "nothing").mkdir()
@@ -277,10 +358,28 @@ def test_an_output_that_cannot_be_written_is_found_first(folder: Path, call: Any
     assert isinstance(said.error, RequestError) and "output=" in str(said.error) and said.out == []
 
 
-def test_a_bare_state_dict_is_refused(folder: Path, call: Any, tmp_path: Path) -> None:
+def test_a_bare_state_dict_needs_a_model_and_a_dataset(folder: Path, call: Any, tmp_path: Path) -> None:
     torch.save(MLP((3, 12, 12), 3, hidden=[4]).state_dict(), tmp_path / "bare.pt")
     said = call(images=str(folder), checkpoint=str(tmp_path / "bare.pt"))
     assert isinstance(said.error, RequestError) and "bare state_dict" in str(said.error)
+    assert "model=" in str(said.error) and "experiment=" in str(said.error)
+
+
+def test_a_bare_state_dict_takes_classes_and_transforms_of_the_data(folder: Path, call: Any) -> None:
+    """It says what a checkpoint of the same weights, classes and transforms says."""
+    file = write_checkpoint(folder.parent / "best.pt", (3, 12, 12), CLASSES, {"eval_transforms": [NORMALIZE]})
+    write_formats(folder.parent / "data")
+    saved = torch.load(file, weights_only=True)
+    torch.save(saved["model"], folder.parent / "bare.pt")
+    dataset = {"_target_": "datasets.image_folder", "root": str(folder.parent / "data"), "test_fraction": 0.5}
+    dataset |= {"channels": 3, "max_pixels": 10**6, "skip_unreadable": False, "cache": True, "cache_dir": "cache"}
+    resize = {"Resize": {"size": [12, 12]}}
+    dataset |= {**saved["config"]["dataset"], **dataset, "eval_transforms": [resize, NORMALIZE]}
+    asked = {"model": saved["config"]["model"], "dataset": dataset, "choices": {"model": "mlp", "dataset": "mine"}}
+    said = call(images=str(folder), checkpoint=str(folder.parent / "bare.pt"), **asked)
+    assert said.error is None and said.out == call(images=str(folder), checkpoint=file).out
+    assert any("Resize: {size: [12, 12]}" in line and "dataset=mine" in line for line in said.err)
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["bare.pt", "best.pt", "data", "photos"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

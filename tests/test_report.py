@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import itertools
 import math
 import subprocess
 import sys
@@ -13,15 +15,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import Call
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 from processes import run
 
-from engine import report
+import evaluate as evaluate_program
+import predict
+import train
+from engine import compare, report
 from engine.augment import Normalize
-from engine.metrics import Mistakes, evaluate
+from engine.metrics import Mistakes, evaluate, loss_name
+from engine.progress import watched
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = [f"a_{word}_of_the_northern_hemisphere_seen_from_{place:03}" for place in range(100) for word in ("sandpiper",)]
@@ -159,10 +166,63 @@ def test_curves_show_the_history(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["curves.png"]
 
 
+def panels(figure: Figure) -> dict[str, tuple[str, set[str]]]:
+    """By the title of each axes: what its vertical axis measures, and its lines."""
+    return {
+        axes.get_title(loc="left"): (axes.get_ylabel(), {str(line.get_label()) for line in axes.lines})
+        for axes in figure.axes
+    }
+
+
+def test_one_axis_shows_one_quantity() -> None:
+    rest = {"Accuracy": ("", {"training", "validation"}), "Learning rate": ("", {"learning rate"})}
+    plain = "cross-entropy in nats"
+    with report.house_style():
+        both = {"Loss": (plain, {"training", "validation"})}
+        assert panels(report.curves_figure(history(3), "run")) == {**both, **rest}
+        for other in ("MSELoss", "cross-entropy with class weights and label_smoothing=0.1 and some more words"):
+            for rows in (history(1000, scale=1e6), history(1)):
+                figure = report.curves_figure(rows, "run", other)
+                assert_readable(figure)
+                found = panels(figure)
+                assert found.pop("Validation loss") == (plain, {"validation"})
+                measured, lines = found.pop("Training loss")
+                assert measured.startswith(other[:7]) and lines == {"training"} and found == rest
+                assert [text.get_text() for text in figure.legends[0].get_texts()] == ["training", "validation"]
+            figure = report.curves_figure(history(3, validation=False), "run", other)
+            assert_readable(figure)
+            assert list(panels(figure)) == ["Training loss", "Accuracy", "Learning rate"]
+
+
+@pytest.mark.parametrize(
+    ("criterion", "transform", "said"),
+    [
+        (torch.nn.CrossEntropyLoss(), None, None),
+        (torch.nn.CrossEntropyLoss(), "torch.nn.functional.one_hot", None),
+        (torch.nn.CrossEntropyLoss(), "mine.smooth", "cross-entropy with labels by mine.smooth"),
+        (torch.nn.CrossEntropyLoss(label_smoothing=0.1), None, "cross-entropy with label_smoothing=0.1"),
+        (torch.nn.CrossEntropyLoss(torch.ones(3)), None, "cross-entropy with class weights"),
+        (torch.nn.CrossEntropyLoss(reduction="sum"), None, "cross-entropy with reduction=sum"),
+        (torch.nn.MSELoss(), "torch.nn.functional.one_hot", "MSELoss"),
+    ],
+)
+def test_what_is_trained_with_has_a_name(criterion: torch.nn.Module, transform: str | None, said: str | None) -> None:
+    assert loss_name(criterion, transform) == said
+
+
+def test_a_run_says_what_its_losses_are(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr(report, "_draw", lambda path, make, *arguments: drawn.append(arguments[2:]) or True)
+    told = "loss     cross-entropy with label_smoothing=0.1 in training, plain cross-entropy in validation and test"
+    answer = call("train", "limit_batches=1", "epochs=1", "model.hidden=[4]", "criterion.label_smoothing=0.1")
+    assert told in answer.out.splitlines()
+    assert drawn == [("cross-entropy with label_smoothing=0.1",)]
+
+
 def test_live_curves_take_a_hundredth_of_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now, drawn = [0.0], []
 
-    def draw(rows: Any, path: Path) -> bool:
+    def draw(rows: Any, path: Path, trained_with: str | None) -> bool:
         drawn.append((now[0], len(rows)))
         now[0] += 0.2
         return True
@@ -273,20 +333,29 @@ def test_mistakes_show_the_images_before_normalising() -> None:
         np.testing.assert_allclose(np.asarray(axes.images[0].get_array()), image.permute(1, 2, 0).numpy(), atol=1e-6)
 
 
-def test_mistakes_are_the_most_confident_errors() -> None:
+def test_mistakes_are_all_errors_and_the_images_of_the_most_confident() -> None:
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(100, 1, 2, 2, generator=generator)
     logits, labels = torch.randn(100, 5, generator=generator), torch.randint(5, (100,), generator=generator)
-    probabilities, predictions = logits.softmax(1).max(1)
-    wrong = (predictions != labels).nonzero().flatten()
-    expected = wrong[probabilities[wrong].argsort(descending=True)][:24]
+    logits[40:] = logits[20]  # equally sure: the earlier come first
+    labels[40:] = (logits[20].argmax() + 1) % 5
+    rows = []
+    for place in range(100):  # by hand
+        exponents = [math.exp(x) for x in logits[place].tolist()]
+        found = exponents.index(max(exponents))
+        if found != labels[place]:
+            rows.append((-max(exponents) / sum(exponents), place, int(labels[place]), found))
+    rows.sort(key=lambda row: (round(row[0], 6), row[1]))
+    assert 60 < len(rows) < 100
     for size in (7, 100):
         mistakes = Mistakes(24)
         for part in torch.arange(100).split(size):
             mistakes.add(images[part], logits[part], labels[part])
-        found_images, truths, found, sure = mistakes.read()
-        assert torch.equal(found_images, images[expected]) and torch.equal(truths, labels[expected])
-        assert torch.equal(found, predictions[expected]) and torch.equal(sure, probabilities[expected])
+        places, truths, found_classes, sure, pictures = mistakes.read()
+        assert places.tolist() == [row[1] for row in rows]
+        assert truths.tolist() == [row[2] for row in rows] and found_classes.tolist() == [row[3] for row in rows]
+        assert sure.tolist() == pytest.approx([-row[0] for row in rows])
+        assert torch.equal(pictures, images[places[:24]])
 
 
 def test_no_mistakes_where_all_is_right() -> None:
@@ -294,7 +363,141 @@ def test_no_mistakes_where_all_is_right() -> None:
     labels = torch.arange(3)
     model = torch.nn.Flatten()
     evaluate(model, [(torch.eye(3).view(3, 1, 1, 3), labels)], 3, mistakes)
-    assert [len(tensor) for tensor in mistakes.read()] == [0, 0, 0, 0]
+    assert [len(tensor) for tensor in mistakes.read()] == [0, 0, 0, 0, 0]
+
+
+def test_mistakes_name_the_files() -> None:
+    images, places = torch.zeros(8, 3, 4, 4), list(range(8))
+    files = [f"IMG_{n:04}.jpeg" for n in range(7)] + ["a_very_long_name_of_a_photograph_of_the_sea_in_2021-07-13.png"]
+    with report.house_style():
+        figure = report.mistakes_figure(images, places, places[::-1], [0.9] * 8, NAMES, names=files)
+        assert_readable(figure)
+        shown = [text.get_text() for text in figure.texts]
+        assert set(files[:7]) < set(shown) and any(text.startswith("a_very") and "…" in text for text in shown)
+        assert_readable(report.mistakes_figure(images[:1], [0], [1], [0.9], NAMES, names=["sample 12345"]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# sweep.png
+
+
+def runs_of(seeds: int, **settings: list[Any]) -> list[dict[str, Any]]:
+    """The rows of a sweep over all combinations of settings (`optimizer__lr` is optimizer.lr)."""
+    random, rows = np.random.default_rng(0), []
+    for values in itertools.product(*settings.values(), range(seeds)):
+        row = dict(zip([name.replace("__", ".") for name in settings] + ["seed"], values, strict=True))
+        accuracy = float(random.random())
+        common = {"run": f"{len(rows):02}", "state": "finished", "val_accuracy": accuracy, "test_accuracy": accuracy}
+        rows.append({**common, "model": "mlp", "dataset": "digits", "seconds": 1.0, **row})
+    return rows
+
+
+SWEEPS: dict[str, list[dict[str, Any]]] = {
+    "one run": runs_of(1),
+    "only seeds": runs_of(3),
+    "one setting": runs_of(1, optimizer__lr=[1e-3, 1e-2, 0.3]),
+    "forty rates": runs_of(1, optimizer__lr=[10.0**-n for n in range(40)]),
+    "numbers and names": runs_of(2, model=["mlp", "cnn"], batch_size=[16, 32, 64, 128, 256, 512, 1024]),
+    "none and lists": runs_of(1, clip_grad_norm=[None, 0.5], model__hidden=[[512] * n for n in (1, 9, 20)]),
+    "long names": runs_of(3, model=[name * 2 for name in NAMES[:6]], nesterov=[True, False]),
+    "odd names": runs_of(1, model=ODD[:6], optimizer__lr=[0.1, 0.2]),
+    "six settings": runs_of(1, **{f"optimizer__setting_{n}": [0.1 * n, 0.2] for n in range(2, 8)}),  # type: ignore[arg-type]
+}
+
+
+@pytest.mark.parametrize("kind", SWEEPS)
+def test_a_sweep_is_readable(kind: str) -> None:
+    rows = SWEEPS[kind]
+    shown = compare.mean_over(rows, "seed") if len({row["seed"] for row in rows}) > 1 else rows
+    with report.house_style():
+        figure = report.sweep_figure(rows, compare.sorted_by(shown, "val_accuracy"), "val_accuracy", NAMES[0])
+        assert_readable(figure)
+    assert max(figure.get_size_inches() * report.DPI) <= 1920
+
+
+def test_a_sweep_shows_every_run_where_it_belongs(tmp_path: Path) -> None:
+    rows = runs_of(2, optimizer__lr=[1e-3, 0.1], model=["mlp", "cnn"])
+    shown = compare.sorted_by(compare.mean_over(rows, "seed"), "val_accuracy")
+    with report.house_style():
+        listed, *settings = report.sweep_figure(rows, shown, "val_accuracy", "rates").axes
+    places = [label.get_text() for label in listed.get_yticklabels()]
+    dots = {
+        (places[round(float(y))], float(x))
+        for line in listed.lines
+        if line.get_color() == report.BLUE
+        for x, y in zip(line.get_xdata(), line.get_ydata(), strict=True)  # type: ignore[arg-type]
+    }
+    assert dots == {(f"model={row['model']}  lr={row['optimizer.lr']:g}", row["val_accuracy"]) for row in rows}
+    means = [np.mean([x for name, x in dots if name == place]) for place in places]
+    assert means == sorted(means, reverse=True)
+    others = [line for line in listed.lines if line.get_marker() == "o" and line.get_color() != report.BLUE]
+    rings = [np.asarray(line.get_xdata())[0] for line in others]
+    assert rings == pytest.approx(means)
+    by_name = {axes.get_title(loc="left"): axes for axes in settings}
+    assert list(by_name) == ["model", "optimizer.lr"]
+    [line] = by_name["optimizer.lr"].lines
+    points = set(zip(line.get_xdata(), line.get_ydata(), strict=True))  # type: ignore[arg-type]
+    assert points == {(row["optimizer.lr"], row["val_accuracy"]) for row in rows}
+
+    assert report.sweep(rows, shown, "val_accuracy", tmp_path / "sweep.png")
+    assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_sweep_is_drawn_without_torch(tmp_path: Path) -> None:
+    program = (
+        "import sys; from pathlib import Path; sys.modules['torch'] = None; from engine import report\n"
+        "rows = [dict(run=str(n), state='finished', val_accuracy=n / 9, model='mlp', lr=n) for n in (1, 2)]\n"
+        f"assert report.sweep(rows, rows, 'val_accuracy', Path({str(tmp_path / 's.png')!r}))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A bar
+
+
+class Terminal(io.StringIO):
+    """A terminal that remembers what was written to it."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(("terminal", "seconds"), [(True, 0.3), (True, 0.01), (False, 0.3)])
+def test_long_work_shows_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch, terminal: bool, seconds: float) -> None:
+    now = [0.0]
+    screen = Terminal() if terminal else io.StringIO()
+    monkeypatch.setattr("tqdm.std.time", lambda: now[0])
+    monkeypatch.setattr(sys, "stderr", screen)
+
+    def work() -> Iterator[int]:
+        for number in range(10):
+            now[0] += seconds
+            yield number
+
+    assert list(watched(work(), "validation", 10)) == list(range(10))
+    if terminal and seconds > 0.1:
+        assert "validation" in screen.getvalue() and "/10" in screen.getvalue()
+    else:
+        assert screen.getvalue() == ""
+
+
+def test_evaluations_are_watched(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[str, int]] = []
+
+    def watch(batches: Any, title: str, total: int) -> Any:
+        seen.append((title, total))
+        return batches
+
+    for module in (train, evaluate_program, predict):
+        monkeypatch.setattr(module, "watched", watch)
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(report, "_draw", lambda *_: True)
+    Image.fromarray(np.zeros((8, 8), dtype=np.uint8)).save("a.png")
+    assert call("train", "epochs=1", "batch_size=100", "model.hidden=[4]").code == 0
+    assert call("evaluate").code == 0 and call("predict", "images=a.png").code == 0
+    assert seen == [("validation", 2), ("test", 4), ("test split", 4), ("predicting", 1)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

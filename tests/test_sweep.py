@@ -157,16 +157,6 @@ def test_names_are_safe_to_paste(text: str) -> None:
     assert len(word) < 20
 
 
-def test_a_picture_of_many_runs_and_settings_is_drawn(tmp_path: Path) -> None:
-    rows: list[dict[str, Any]] = []
-    for n in range(1, 41):
-        row = {"run": f"{n:02}", "state": "finished", "val_accuracy": n / 60, "model": f"model_{n % 3}" * 5, "seed": 0}
-        settings = {"optimizer.lr": 10.0**-n, "model.hidden": [n] * 20, "optimizer.momentum": None if n % 2 else 0.9}
-        rows.append(row | settings)
-    sweep.draw(tmp_path / "sweep.png", rows, compare.sorted_by(rows, "val_accuracy"), "val_accuracy")
-    assert (tmp_path / "sweep.png").stat().st_size > 10_000
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # What goes wrong
 
