@@ -1,8 +1,4 @@
-"""Augmentation against torchvision, sample by sample, with parameters drawn by a second implementation in plain Python.
-
-What a sample draws is promised: the same for every batch size, number of workers and machine. So it is written down a
-second time here, in integers without a bound.
-"""
+"""Augmentation against torchvision, sample by sample, with parameters drawn by a second implementation, splitmix.py."""
 
 from __future__ import annotations
 
@@ -12,39 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from splitmix import GOLDEN, MASK, mix, numbers, seed_of, signed
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 
 import datasets
 from engine.augment import BATCH_TRANSFORMS, Draws, apply, sample_seed, to_float
 from engine.loader import Batches, load_splits
-
-MASK = 2**64 - 1
-GOLDEN = 0x9E3779B97F4A7C15
-
-
-def mix(bits: int) -> int:
-    """SplitMix64's finaliser."""
-    bits = ((bits ^ (bits >> 30)) * 0xBF58476D1CE4E5B9) & MASK
-    bits = ((bits ^ (bits >> 27)) * 0x94D049BB133111EB) & MASK
-    return bits ^ (bits >> 31)
-
-
-def seed_of(seed: int, epoch: int, index: int = 0) -> int:
-    """64 random bits of a sample in an epoch."""
-    key = mix((seed * GOLDEN + 1) & MASK) + epoch
-    return mix((mix((key * GOLDEN) & MASK) + (index + 1) * GOLDEN) & MASK)
-
-
-def numbers(seed: int, epoch: int, index: int, place: int, count: int) -> list[float]:
-    """The first uniform numbers that the transform at a place of the list draws for a sample: 24 bits each."""
-    bits = seed_of(seed, epoch, index)
-    drawn = (mix((bits + ((place << 40) + slot) * GOLDEN) & MASK) for slot in range(1, count + 1))
-    return [(bits >> 40) / 2**24 for bits in drawn]
-
-
-def signed(bits: int) -> int:
-    return bits - 2**64 if bits >> 63 else bits
 
 
 def test_the_generator_is_splitmix64() -> None:
