@@ -64,6 +64,17 @@ def test_counting_many_steps_at_a_time_changes_nothing(monkeypatch: pytest.Monke
     assert len(tally.losses[0]) == 30 and tally.first_bad_step() is None
 
 
+def test_steps_are_put_aside_up_to_so_many_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one logit each where two are the most: the third is one too many, and then it begins anew."""
+    monkeypatch.setattr(Tally, "MOST", 2)
+    tally = Tally(CPU)
+    held = []
+    for _ in range(7):
+        tally.add(torch.tensor(1.0), torch.zeros(1, 1), torch.tensor([0]))
+        held.append(len(tally._aside))
+    assert held == [1, 2, 0, 1, 2, 0, 1]
+
+
 def test_more_logits_than_are_put_aside() -> None:
     """100 steps of 64 samples and 100 classes are 640,000 logits; step i has the loss i and i mod 65 right."""
     tally = Tally(CPU)
@@ -257,12 +268,14 @@ def test_evaluation_leaves_no_graph_and_draws_nothing() -> None:
 def test_figures_of_each_class_by_hand() -> None:
     # true a: 3, of which 1 found; predicted a: 2. precision 1/2, recall 1/3, F1 2 * 1 / (2 + 3)
     # true b: 1, found; predicted b: 3. precision 1/3, recall 1, F1 2 * 1 / (3 + 1)
-    # true c: 3, of which 2 found; predicted c: 2. precision 1, recall 2/3, F1 2 * 2 / (2 + 3)
-    # true d: none; predicted d: none. all 0
-    confusion = torch.tensor([[1, 2, 0, 0], [0, 1, 0, 0], [1, 0, 2, 0], [0, 0, 0, 0]])
-    rows = per_class(confusion, ["a", "b", "c", "d"])
-    expected = {"a": (1 / 2, 1 / 3, 2 / 5, 3), "b": (1 / 3, 1, 1 / 2, 1), "c": (1, 2 / 3, 4 / 5, 3), "d": (0, 0, 0, 0)}
-    assert list(rows) == ["a", "b", "c", "d"]
+    # true c: 3, of which 1 found; predicted c: 1. precision 1, recall 1/3, F1 2 * 1 / (1 + 3)
+    # true d: none; predicted d: 1. all 0
+    # true e: none; predicted e: none. all 0
+    confusion = torch.tensor([[1, 2, 0, 0, 0], [0, 1, 0, 0, 0], [1, 0, 1, 1, 0], [0, 0, 0, 0, 0], [0, 0, 0, 0, 0]])
+    rows = per_class(confusion, ["a", "b", "c", "d", "e"])
+    expected = {"a": (1 / 2, 1 / 3, 2 / 5, 3), "b": (1 / 3, 1, 1 / 2, 1), "c": (1, 1 / 3, 1 / 2, 3)}
+    expected |= {"d": (0, 0, 0, 0), "e": (0, 0, 0, 0)}
+    assert list(rows) == ["a", "b", "c", "d", "e"]
     for name, (precision, recall, f1, samples) in expected.items():
         assert rows[name]["precision"] == pytest.approx(precision)
         assert rows[name]["recall"] == pytest.approx(recall)
