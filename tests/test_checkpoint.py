@@ -284,8 +284,12 @@ def test_killed_while_saving_there_is_always_a_whole_checkpoint(tmp_path: Path, 
     path = tmp_path / "last.pt"
     checkpoint.write(path, small())
     for _ in range(kills):
+        before = path.stat().st_ino
         process = start("train", cwd=tmp_path, before=save_for_ever, argument=str(path))
-        time.sleep(draw.uniform(0.05, 0.2))
+        while path.stat().st_ino == before:  # until it has begun to write, however busy the machine is
+            assert process.process.is_alive(), process.err
+            time.sleep(0.002)
+        time.sleep(draw.uniform(0, 0.1))
         process.signal(signal.SIGKILL)
         process.wait()
         checkpoint.read(path)
