@@ -221,6 +221,8 @@ def _job(config: DictConfig) -> Any:
         return sweep.run_job(config, _checked, _main)
     try:
         checked = _checked(config)
+        if "name" in checked:
+            runs.check_name(checked)
         for name in typed.given_twice(HydraConfig.get().overrides.task):
             print(f"note: {printable(name)} is given twice, the last one counts", file=sys.stderr)
         return _main(checked)

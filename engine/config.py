@@ -33,6 +33,7 @@ CONFIGS = ROOT / "configs"
 RUNS = Path("checkpoints")
 GLOBAL_GROUPS = ("experiment", "hparams_search", "debug")  # their files set values anywhere (`@package _global_`)
 LARGEST = 2**63 - 1  # an integer of 64 bits, which is what counts and indices become
+LARGEST_FLOAT = 3.4e38  # of 32 bits, in which all arithmetic is done
 LONGEST = 4096, 255  # bytes of a path and of a name in it, of any text that is typed
 BUILT_GROUPS = ("model", "dataset", "optimizer", "scheduler", "criterion")  # their files name a class or function
 
@@ -135,7 +136,7 @@ class Setting:
             one = Setting(self.name, None, kind, self.rule, False, "")
             right_count = isinstance(value, list) and (not count or len(value) == int(count[0]))
             return right_count and all(one.accepts(item) for item in value)
-        if isinstance(value, int) and self.kind in ("int", "float") and abs(value) > LARGEST:
+        if isinstance(value, (int, float)) and self.kind in ("int", "float") and _is_too_large(value):
             return False
         kinds = {"int": int, "float": (int, float), "bool": bool, "str": (str, int, float), "list": list}
         if self.kind in kinds and not isinstance(value, kinds[self.kind]):  # type: ignore[arg-type]
@@ -308,8 +309,8 @@ def check_value(name: str, value: Any, known: dict[str, Setting]) -> None:
     typed = f"{name}={shortened(as_typed(value))}"
     if not setting.accepts(value):
         why = ""
-        if isinstance(value, int) and abs(value) > LARGEST:
-            why = f", of at most {LARGEST:,}"
+        if isinstance(value, (int, float)) and _is_too_large(value):
+            why = f", of at most {_largest(value)}"
         elif setting.kind.startswith("list") and isinstance(value, (str, int, float)):
             why = f"; write {name}=[{shortened(as_typed(value))}]"
         raise RequestError(f"{typed}: expected {setting.expected}{why}")
@@ -317,13 +318,22 @@ def check_value(name: str, value: Any, known: dict[str, Setting]) -> None:
         raise RequestError(f"{typed}: {trouble}")
 
 
+def _is_too_large(number: int | float) -> bool:
+    """Whether a number has no room where it is going to; infinity and what is no number have room in a float."""
+    return abs(number) > LARGEST if isinstance(number, int) else LARGEST_FLOAT < abs(number) < math.inf
+
+
+def _largest(number: int | float) -> str:
+    return f"{LARGEST:,}" if isinstance(number, int) else str(LARGEST_FLOAT)
+
+
 def _trouble_of(value: Any) -> str:
     """Why a value cannot be kept in a run's files, nor a file be named so; empty where it is in order."""
     if isinstance(value, (list, dict)):
         parts = [*value, *value.values()] if isinstance(value, dict) else value
         return next(filter(None, map(_trouble_of, parts)), "")
-    if isinstance(value, int) and abs(value) > LARGEST:
-        return f"holds a number beyond {LARGEST:,}"
+    if isinstance(value, (int, float)) and _is_too_large(value):
+        return f"holds a number beyond {_largest(value)}"
     if not isinstance(value, str):
         return ""
     try:

@@ -292,7 +292,7 @@ def newest() -> Path:
         RequestError: there is none yet.
     """
     latest = RUNS / "latest"
-    if latest.is_symlink() and (latest / ".hydra" / "config.yaml").exists():
+    if latest.is_symlink() and any((latest / name).exists() for name in (".hydra/config.yaml", "best.pt")):
         with contextlib.suppress(ValueError):  # it leads to somewhere else
             return RUNS / latest.resolve().relative_to(RUNS.resolve())
     if directories := all_directories(RUNS):
