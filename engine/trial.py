@@ -62,6 +62,8 @@ def try_step(
     with _no_trace(model, criterion):
         try:
             state_names(optimizer)
+        except RunError:
+            raise
         except Exception as error:
             raise RequestError(f"optimizer {optimizer['_target_']} cannot make a step: {cause(error)}") from error
         make_labels = _label_maker(criterion, batches, num_classes)
