@@ -739,6 +739,12 @@ def test_a_list_of_transforms_of_a_million_entries_is_refused():
         parse_transforms(["RandomHorizontalFlip"] * 10**6, "dataset.train_transforms")
 
 
+@pytest.mark.parametrize("listed", [None, 5, "Resize", {"Resize": {"size": 3}}])
+def test_what_is_no_list_of_transforms_is_refused(listed):
+    with pytest.raises(RequestError, match=r"^dataset\.eval_transforms: it is \w+; expected a list of transforms"):
+        parse_transforms(listed, "dataset.eval_transforms")
+
+
 def test_ordinary_transforms_are_within_the_bounds():
     listed = [
         {"Resize": {"size": [7000, 7000]}},
