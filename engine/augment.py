@@ -686,10 +686,13 @@ def check_arguments(listed: Any) -> None:
     Raises:
         ValueError: a size, a number, a text or the list itself is too large, or a value is not plain.
     """
-    waiting, seen = [("", listed, 0)], 0
+    if not isinstance(listed, (list, tuple)):
+        raise ValueError(f"it is {type(listed).__name__}; expected a list of transforms")
+    waiting: list[tuple[str, Any, int]] = [("", listed, 0)]
+    seen = 0
     while waiting:
         name, value, level = waiting.pop()
-        inside = len(value) if isinstance(value, (dict, list)) else 0
+        inside = len(value) if isinstance(value, (dict, list, tuple)) else 0
         seen += 1
         if seen + len(waiting) + inside > MOST_VALUES or level > MOST_NESTED:
             raise ValueError(f"it holds more than {MOST_VALUES:,} values, or more than {MOST_NESTED} levels of them")
@@ -699,7 +702,7 @@ def check_arguments(listed: Any) -> None:
                 if not isinstance(key, str):
                     raise ValueError(f"{key!r} is no name; expected Name or Name: {{argument: value}}")
             waiting += [(key, one, level + 1) for key, one in value.items()]
-        elif isinstance(value, list):
+        elif isinstance(value, (list, tuple)):
             if name in ("size", "target_size") and len(value) == 2 and all(isinstance(one, int) for one in value):
                 _check_size(*value)
             waiting += [(f"{name} ", one, level + 1) for one in value]  # one of several: no square, if it is a size

@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -684,13 +685,19 @@ def _on_device(batches: Iterable[tuple[Tensor, Tensor]], device: torch.device) -
 
 def _started_copies(batches: Iterable[tuple[Tensor, Tensor]], device: torch.device) -> Iterator[Any]:
     """(images and labels, the event of their arrival), copied on a stream of their own beside the arithmetic."""
-    stream = torch.cuda.Stream(device)
+    stream = _copying(device)
     for batch in batches:
         pinned = [tensor.pin_memory() for tensor in batch]  # only copies from such memory do not wait
         with torch.cuda.stream(stream):
             moved = [tensor.to(device, non_blocking=True) for tensor in pinned]
             arrived = stream.record_event()
         yield moved, arrived
+
+
+@cache
+def _copying(device: torch.device) -> torch.cuda.Stream:
+    """The stream that copies to a device; one for all, as the memory that one has used serves no other."""
+    return torch.cuda.Stream(device)
 
 
 def _one_ahead(items: Iterable[Any]) -> Iterator[Any]:

@@ -287,6 +287,8 @@ class _Slots:
         return self.memory
 
 
+_NO_MEMORY = (OSError, ValueError, OverflowError)  # what mapping too much raises
+
 Slot = tuple[int, tuple[int, ...], torch.dtype]  # its number, and shape and type of all of them
 
 
@@ -303,7 +305,10 @@ class _Worker(Dataset):
     def __getitem__(self, asked: tuple[int, np.ndarray, Slot | None]) -> tuple[Any, ...]:
         epoch, indices, slot = asked
         try:
-            into = None if slot is None or self.slots is None else self.slots.mapped(*slot[1:])[slot[0]]
+            into = None
+            if slot is not None and self.slots is not None:
+                with suppress(*_NO_MEMORY):  # then they are sent as they are
+                    into = self.slots.mapped(*slot[1:])[slot[0]]
             images, labels, skipped = self.reader.read(epoch, torch.from_numpy(indices), into)
             if into is not None and images.data_ptr() == into.data_ptr():
                 return len(images), labels.numpy(), skipped
@@ -424,7 +429,7 @@ class Workers:
         """The slots, where an image has told their shape and there is memory for them."""
         if self.slots is None or self.layout is None:
             return None
-        with suppress(OSError, ValueError, OverflowError):
+        with suppress(*_NO_MEMORY):
             return self.slots.mapped(*self.layout)
         return None
 

@@ -421,7 +421,7 @@ def forkserver():
     multiprocessing.set_start_method(before, force=True)
 
 
-def test_workers_that_are_not_forked_give_the_same_batches_through_the_same_memory(forkserver, photos, monkeypatch):
+def test_workers_that_are_not_forked_give_the_same_batches_through_the_same_memory(forkserver, monkeypatch):
     in_slots = []
     answers = Workers._answers
 
@@ -431,15 +431,14 @@ def test_workers_that_are_not_forked_give_the_same_batches_through_the_same_memo
             yield answer
 
     monkeypatch.setattr(Workers, "_answers", noted)
-    for given in (settings("drawing"), photo_settings(photos, train_transforms=AUGMENTED)):
-        alone = batches_of(given)
-        batches = batches_of(given, num_workers=2)
-        assert batches.sample_shape() == alone.sample_shape()
-        in_slots.clear()
-        for epoch in (1, 2):
-            for one, other in zip(batches.epoch(epoch), alone.epoch(epoch), strict=True):
-                assert all(map(torch.equal, one, other))
-        assert in_slots and all(in_slots)
+    given = settings("drawing", train_transforms=["RandomInvert", "RandomVerticalFlip"])
+    alone, batches = batches_of(given), batches_of(given, num_workers=2)
+    assert batches.sample_shape() == alone.sample_shape()
+    in_slots.clear()
+    for epoch in (1, 2):
+        for one, other in zip(batches.epoch(epoch), alone.epoch(epoch), strict=True):
+            assert all(map(torch.equal, one, other))
+    assert in_slots and all(in_slots)
 
 
 class Unsendable(Drawing):
@@ -736,6 +735,12 @@ def test_transforms_without_a_bound_or_that_run_code_are_refused(entry):
 def test_a_list_of_transforms_of_a_million_entries_is_refused():
     with pytest.raises(RequestError, match=r"more than 1,000 values"):
         parse_transforms(["RandomHorizontalFlip"] * 10**6, "dataset.train_transforms")
+
+
+@pytest.mark.parametrize("listed", [None, 5, "Resize", {"Resize": {"size": 3}}])
+def test_what_is_no_list_of_transforms_is_refused(listed):
+    with pytest.raises(RequestError, match=r"^dataset\.eval_transforms: it is \w+; expected a list of transforms"):
+        parse_transforms(listed, "dataset.eval_transforms")
 
 
 def test_ordinary_transforms_are_within_the_bounds():
