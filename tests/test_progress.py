@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import train
-from engine.saver import Progress
+from engine.saver import Progress, RandomStates
 
 # A history is a list of (validation accuracy, validation loss), an epoch each, or (None, None) without validation.
 History = list[tuple[float | None, float | None]]
@@ -151,3 +153,16 @@ def test_the_clock_of_an_epoch_stands_while_the_run_does(monkeypatch: pytest.Mon
     later.end_epoch(row_of(1, 0.5, 1.0))
     later.begin_epoch(lr=0.1)
     assert later.seconds == 0.0 and later.lr == 0.1
+
+
+def test_all_generators_go_on_where_they_were_saved(tmp_path: Any) -> None:
+    def draw() -> list[float]:
+        normal = np.random.standard_normal(3).tolist()  # an odd number: NumPy keeps the second of a pair
+        return [*torch.rand(2).tolist(), *normal, random.random(), random.gauss(0, 1)]
+
+    draw()
+    torch.save(RandomStates().state_dict(), tmp_path / "states.pt")
+    expected = draw()
+    assert draw() != expected
+    RandomStates().load_state_dict(torch.load(tmp_path / "states.pt", weights_only=True))
+    assert draw() == expected

@@ -93,6 +93,7 @@ def labelled() -> datasets.ImageData:
     limit=st.none() | st.integers(1, 150),
 )
 def test_splits_part_the_samples(labels: list[int], fraction: float, limit: int | None) -> None:
+    assume(len(set(labels)) > 1)
     LABELS[:] = labels
     own = {"val_fraction": fraction, "target_transform": None, "train_transforms": [], "eval_transforms": []}
     own |= {"steps_per_epoch": None, "_target_": f"{__name__}.labelled"}
@@ -133,9 +134,10 @@ def listings(draw: st.DrawFn) -> tuple[str, list[tuple[str, str]]]:
     """A delimiter, and file names with labels; names and labels may hold the delimiter, quotes and spaces."""
     delimiter = draw(st.sampled_from(",;\t"))
     others = ",;\t".replace(delimiter, "") + "/" + ("\t" if delimiter == "\t" else "")
-    names = draw(st.lists(texts(others), min_size=2, max_size=6, unique_by=lambda n: unicodedata.normalize("NFC", n)))
-    labels = [f"label {draw(texts(others))}" for _ in names]
-    assume(len(set(labels)) > 1 and not {".", ".."} & set(names))
+    names = draw(st.lists(texts(others), min_size=4, max_size=6, unique_by=lambda n: unicodedata.normalize("NFC", n)))
+    classes = [f"label {draw(texts(others))}" for _ in range(2)]
+    labels = [classes[number % 2] for number in range(len(names))]
+    assume(classes[0] != classes[1] and not {".", ".."} & set(names))
     return delimiter, list(zip(names, labels, strict=True))
 
 

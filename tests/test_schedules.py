@@ -14,7 +14,7 @@ from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR, OneCycleLR, StepLR
 
 from engine.errors import RequestError
-from engine.schedules import EveryEpoch, Schedule, build_schedule, constant, cosine
+from engine.schedules import Schedule, build_schedule, constant, cosine
 
 LR = 0.8
 
@@ -215,13 +215,6 @@ def test_the_configuration_names_a_schedule_of_the_whole_run(name: str) -> None:
     assert rates[9] == pytest.approx(LR * 10 / 11) and rates[10] == pytest.approx(LR)
     assert rates[15] == pytest.approx(LR if name == "constant" else LR / 2)  # in the middle of the ten that remain
     assert rates[20] == pytest.approx(LR if name == "constant" else 0, abs=1e-12)
-
-
-def test_what_counts_epochs_is_told_by_its_signature() -> None:
-    settings = {"_target_": "torch.optim.lr_scheduler.StepLR", "step_size": 1}
-    assert type(build_schedule(settings, optimizer(), 2, 3)) is EveryEpoch
-    settings = {"_target_": "torch.optim.lr_scheduler.OneCycleLR", "max_lr": 1.0}
-    assert type(build_schedule(settings, optimizer(), 2, 3)) is OneCycleLR
 
 
 def test_a_schedule_that_follows_a_metric_is_refused() -> None:
