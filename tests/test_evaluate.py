@@ -29,7 +29,6 @@ from engine import checkpoint, report
 from evaluate import by_name
 from models.mlp import MLP
 
-
 RUN_FILES = ("best.pt", "summary.json", "metrics.csv", ".hydra/config.yaml")
 
 
