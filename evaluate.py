@@ -92,24 +92,11 @@ def main(config: dict[str, Any]) -> float:
             "confusion": confusion.tolist(),
         },
     )
-    errors, truths, predictions, probabilities, images = mistakes.read()
-    column, names = names_of(split, errors)
     listed = report.beside(output, "mistakes", ".csv")
-    files.write(listed, mistakes_table(column, names, truths, predictions, probabilities, classes))
-    drawn = report.confusion(confusion, classes, report.beside(output, "confusion"))
-    drawn &= report.mistakes(
-        images,
-        truths[: len(images)],
-        predictions[: len(images)],
-        probabilities[: len(images)],
-        classes,
-        report.beside(output, "mistakes"),
-        parse_transforms(data["eval_transforms"], "dataset.eval_transforms"),
-        [Path(text).name if column == "file" else f"sample {text}" for text in names[: len(images)]],
-    )
-    print(
-        f"\nwritten to {output}, {listed.name} and pictures beside it" if drawn else f"\nwritten to {output}, {listed}"
-    )
+    drawn = write_mistakes(mistakes, split, classes, listed, data["eval_transforms"])
+    drawn &= report.confusion(confusion, classes, report.beside(output, "confusion"))
+    beside = f"{listed.name} and pictures" if drawn else listed.name
+    print(f"\nwritten to {printable(str(output))}, {printable(beside)} beside it")
     return accuracy(confusion)
 
 
@@ -214,8 +201,33 @@ def names_of(split: Split, places: Tensor) -> tuple[str, list[str]]:
     return "file", [str(paths[index]) for index in indices.tolist()]
 
 
+def write_mistakes(
+    mistakes: Mistakes, split: Split, classes: Sequence[str], file: Path, transforms: Sequence[Any]
+) -> bool:
+    """List all errors in a CSV file and draw the most confident in a PNG beside it; returns whether that was drawn."""
+    errors, truths, predictions, probabilities, images = mistakes.read()
+    column, names = names_of(split, errors)
+    files.write(file, mistakes_table(column, names, truths, predictions, probabilities, classes))
+    first = slice(len(images))
+    return report.mistakes(
+        images,
+        truths[first],
+        predictions[first],
+        probabilities[first],
+        classes,
+        file.with_suffix(".png"),
+        parse_transforms(transforms, "dataset.eval_transforms"),
+        [Path(name).name if column == "file" else f"sample {name}" for name in names[first]],
+    )
+
+
 def mistakes_table(
-    column: str, names: Sequence[str], truths: Tensor, predictions: Tensor, probabilities: Tensor, classes: list[str]
+    column: str,
+    names: Sequence[str],
+    truths: Tensor,
+    predictions: Tensor,
+    probabilities: Tensor,
+    classes: Sequence[str],
 ) -> str:
     """All errors as CSV, the most confident first: file or sample, true, predicted, probability (0 to 1)."""
     text = io.StringIO()

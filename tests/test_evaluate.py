@@ -29,6 +29,8 @@ from engine import checkpoint, report
 from evaluate import by_name
 from models.mlp import MLP
 
+RUN_FILES = ("best.pt", "summary.json", "metrics.csv", ".hydra/config.yaml")
+
 
 @pytest.fixture(scope="module")
 def original() -> dict[str, bytes]:
@@ -44,7 +46,7 @@ def trained(call: Call, tmp_path: Path, original: dict[str, bytes]) -> Path:
         answer = call("train", "epochs=2", "model.hidden=[16]", "name=run")
         assert answer.code == 0, answer.err
         (tmp_path / "printed.txt").write_text(answer.out)
-        files = [tmp_path / "printed.txt", *(run / name for name in ("best.pt", "summary.json", "metrics.csv"))]
+        files = [tmp_path / "printed.txt", *(run / name for name in RUN_FILES)]
         original.update({file.relative_to(tmp_path).as_posix(): file.read_bytes() for file in files})
         shutil.rmtree(tmp_path / "checkpoints")
     for name, content in original.items():
@@ -422,11 +424,11 @@ def test_the_whole_split_whatever_the_run_was_limited_to(call: Call, tmp_path: P
 
 def test_each_split_has_files_of_its_own(call: Call, trained: Path) -> None:
     assert call("evaluate").code == 0
-    before = {file: file.read_bytes() for file in trained.iterdir()}
+    before = {file: file.read_bytes() for file in trained.iterdir() if file.is_file()}
     assert call("evaluate", "split=val").code == 0 and call("evaluate", "split=train").code == 0
     assert before == {file: file.read_bytes() for file in before}
     made = {name for what in ("val", "train") for name in (f"evaluation_{what}.json", f"mistakes_{what}.csv")}
-    made |= {f"{picture}_{what}.png" for what in ("val", "train") for picture in ("confusion", "mistakes")}
+    made |= {".hydra"} | {f"{picture}_{what}.png" for what in ("val", "train") for picture in ("confusion", "mistakes")}
     assert {file.name for file in trained.iterdir()} - {file.name for file in before} == made
 
 

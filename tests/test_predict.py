@@ -413,7 +413,8 @@ def test_more_classes_than_there_are(folder: Path, call: Any) -> None:
 
 def test_the_newest_run_is_taken(folder: Path, call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder.parent)
-    (folder.parent / "checkpoints" / "mine").mkdir(parents=True)
+    (folder.parent / "checkpoints" / "mine" / ".hydra").mkdir(parents=True)
+    (folder.parent / "checkpoints" / "mine" / ".hydra" / "config.yaml").write_text("epochs: 1\n")
     os.replace("best.pt", "checkpoints/mine/best.pt")
     (folder.parent / "checkpoints" / "latest").symlink_to("mine")
     said = call(images="photos")
