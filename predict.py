@@ -29,7 +29,7 @@ from tqdm import tqdm
 from datasets import MAX_PIXELS, no_downloads, read_image
 from engine import checkpoint, files, runs, trust
 from engine.augment import Draws, Normalize, PerImage, Resize, apply, own_randomness, resized_to, to_float
-from engine.errors import RequestError, RunError, one_line, printable
+from engine.errors import RequestError, RunError, one_line, printable, shortened
 from engine.loader import Batches, choose_device, load_splits, parse_transforms
 from engine.progress import counted, watched
 
@@ -126,9 +126,10 @@ def settings_of_checkpoint(saved: dict[str, Any], path: Path, batch_size: int | 
     """What goes with a checkpoint; one that was made elsewhere may allow fewer pixels, but no more."""
     ours, shape = checkpoint.is_ours(saved), saved["input_shape"]
     own = trust.evaluation_of(saved["config"], shape, path, batch_size, ours=ours)
-    pixels = saved["config"]["dataset"].get("max_pixels")
-    if not isinstance(pixels, int) or not (ours or 0 < pixels < MAX_PIXELS):
-        pixels = MAX_PIXELS
+    pixels = saved["config"]["dataset"].get("max_pixels", MAX_PIXELS)
+    if type(pixels) is not int or pixels < 1:
+        raise RequestError(f"{path}: its dataset.max_pixels is {shortened(str(pixels))}; expected an integer >= 1")
+    pixels = pixels if ours else min(pixels, MAX_PIXELS)
     classes = [printable(name) for name in saved["classes"]]
     return Settings(classes, tuple(shape), own["eval_transforms"], pixels, own["batch_size"])
 

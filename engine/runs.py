@@ -149,8 +149,7 @@ def own_config(config: dict[str, Any]) -> dict[str, Any]:
 def save_config(directory: Path, config: dict[str, Any]) -> None:
     """Write the configuration that a run begins or goes on with, and the sign that it was typed here."""
     text = OmegaConf.to_yaml(OmegaConf.create(own_config(config)))
-    files.write(directory / ".hydra" / "config.yaml", text)
-    files.write(directory / ".hydra" / "signature", trust.signature(text))
+    files.write(directory / ".hydra" / "config.yaml", trust.with_signature(text))
 
 
 def close(directory: Path) -> None:

@@ -48,7 +48,7 @@ from engine.config import (
 from engine.errors import RequestError, one_line, printable, shortened
 
 # Never from a file, whatever their kind: they decide where something is sent, read or written, or how much is read.
-NEVER = ("logger", "device", "num_workers", "dataset.max_pixels", "dataset.cache")
+NEVER = ("logger", "device", "num_workers", "dataset.cache")
 LISTS_OF_TEXT = ("dataset.train_transforms", "dataset.eval_transforms", "dataset.classes")
 WORD = re.compile(r"[\w+ -]{1,64}(\.\d[\w+-]{0,16})*")  # no path, no address and no name that could be imported
 MOST_ITEMS = 1000  # of a list, and of all lists within it
@@ -85,6 +85,14 @@ def signature(config: dict[str, Any] | str) -> str:
     """The sign, under this user's key, that a configuration was typed here; empty where no key can be kept."""
     key = _key(make=True)
     return _signed(config, key) if key else ""
+
+
+SIGNATURE = "# signature: "  # the last line of a run's config.yaml
+
+
+def with_signature(text: str) -> str:
+    """The text of a run's configuration with its signature below."""
+    return f"{text}{SIGNATURE}{signature(text)}\n"
 
 
 def _signed(config: dict[str, Any] | str, key: bytes) -> str:
@@ -248,6 +256,8 @@ def is_data(setting: Setting | None, value: Any) -> bool:
     """Whether a value, already found valid, may come from a file of somebody else."""
     if setting is not None and value == setting.default and value != "???":
         return True
+    if setting is not None and setting.name == "dataset.max_pixels":
+        return value <= setting.default  # less than here does no harm
     if setting is None or any(setting.name == name or setting.name.startswith(f"{name}.") for name in NEVER):
         return False
     if setting.name in LISTS_OF_TEXT:
@@ -320,9 +330,8 @@ def read_run(directory: Path) -> tuple[dict[str, Any], bool]:
             raise ValueError("it has an interpolation, ${...}; a run stores resolved values")
     except (OSError, ValueError) as error:
         raise RequestError(f"{file}: not a run's configuration ({one_line(error)})") from None
-    with contextlib.suppress(OSError, ValueError):
-        return config, is_ours(text, files.read_text(file.parent / "signature", 1024))
-    return config, False
+    signed, _, sign = text.rpartition(SIGNATURE)
+    return config, is_ours(signed, sign.strip())
 
 
 def parse_config(text: str) -> dict[str, Any]:

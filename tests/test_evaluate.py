@@ -25,7 +25,7 @@ from torchvision.datasets import FashionMNIST
 from torchvision.transforms import ToTensor
 
 import datasets
-from engine import checkpoint, report
+from engine import checkpoint, report, trust
 from evaluate import by_name
 from models.mlp import MLP
 
@@ -316,6 +316,7 @@ def write_colour_model(file: Path, root: str, classes: list[str] = COLOURS, scal
     config |= {"dataset": dataset, "choices": {"model": "mlp", "dataset": "image_folder"}, "seed": 0}
     config |= {"batch_size": 4, "limit_batches": None, **run}
     about = {"format": 1, "classes": classes, "input_shape": [3, 6, 6], "config": config}
+    about["signature"] = trust.signature(config)  # made here, so its root counts
     checkpoint.write(file, {**about, "model": model.state_dict()})
 
 

@@ -302,7 +302,7 @@ def test_settings_that_make_no_sense_are_one_line(folder: Path, call: Any, broke
     saved["config"]["batch_size"] = "4"
     torch.save(saved, file)
     said = call(images=str(folder), checkpoint=file)
-    assert isinstance(said.error, RequestError) and "batch_size=4: expected an integer >= 1" in str(said.error)
+    assert isinstance(said.error, RequestError) and "batch_size is 4; expected an integer >= 1" in str(said.error)
 
 
 def test_one_image_is_singular(folder: Path, call: Any) -> None:

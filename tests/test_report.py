@@ -387,7 +387,13 @@ def runs_of(seeds: int, **settings: list[Any]) -> list[dict[str, Any]]:
     for values in itertools.product(*settings.values(), range(seeds)):
         row = dict(zip([name.replace("__", ".") for name in settings] + ["seed"], values, strict=True))
         accuracy = float(random.random())
-        common = {"run": f"{len(rows):02}", "state": "finished", "val_accuracy": accuracy, "test_accuracy": accuracy}
+        common = {
+            "run": f"{len(rows):02}",
+            "state": "finished",
+            "train_accuracy": None,
+            "val_accuracy": accuracy,
+            "test_accuracy": accuracy,
+        }
         rows.append({**common, "model": "mlp", "dataset": "digits", "seconds": 1.0, **row})
     return rows
 

@@ -234,7 +234,8 @@ def start_and_stop(tmp_path: Path, arguments: list[str], number: int, after: int
 def test_a_stopped_sweep_shows_what_it_has_and_how_to_go_on(tmp_path: Path) -> None:
     arguments = ["-m", "name=s", "epochs=1,100000", "dataset.limit=200"]  # the second does not end by itself
     code, out = start_and_stop(tmp_path, arguments, signal.SIGINT, after=1)
-    assert code == 130 and "the rest with: python" in out and "name=s" in out
+    assert code == 130, out
+    assert "the rest with: python" in out and "name=s" in out
     assert (tmp_path / "checkpoints" / "s" / "sweep.csv").is_file()
 
 

@@ -76,7 +76,10 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         (["criterion=poisson", "batch_size=1"], "PoissonNLLLoss does not take logits [batch, 10] and labels [batch]"),
         (["criterion=mse", ONE_HOT, "criterion.reduction=none"], "MSELoss gives [12, 10]; expected one number"),
         (["criterion=weighted", "criterion.length=3"], "CrossEntropyLoss does not take .*weight tensor .*10 classes"),
-        (["dataset.target_transform=torch.nn.functional.gelu"], "dataset.target_transform refuses labels [12]"),
+        (
+            ["dataset.target_transform=torch.nn.functional.gelu"],
+            "dataset.target_transform of labels [12] raised TypeError",
+        ),
         (["model=vit"], "VisionTransformer does not take 1 image [1, 8, 8]: AssertionError: Wrong image height!"),
         (["model=plain", "model.way=misspelt"], "Plain fails on 64 images [1, 8, 8]: NameError: .*(own_models.py:15)"),
         (["model=plain", "model.way=tuple"], "model Plain gives tuple for 64 images; expected [64, 10]"),
