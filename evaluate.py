@@ -21,7 +21,8 @@ from engine import checkpoint, files, report, runs, trust
 from engine.errors import RequestError, RunError, printable
 from engine.loader import Batches, Split, choose_device, load_splits, parse_transforms
 from engine.metrics import Mistakes, accuracy, evaluate, per_class
-from engine.progress import counted, watched
+from engine.progress import counted
+from engine.terminal import watched
 
 # Settings of a data set that evaluating has no use for: names that are imported, and files that are written.
 ONLY_FOR_TRAINING = ("target_transform", "train_transforms", "cache", "cache_dir", "skip_unreadable")

@@ -30,8 +30,10 @@ from datasets import MAX_PIXELS, no_downloads, read_image
 from engine import checkpoint, files, runs, trust
 from engine.augment import Draws, Normalize, PerImage, Resize, apply, own_randomness, resized_to, to_float
 from engine.errors import RequestError, RunError, one_line, printable, shortened
+from engine.folders import is_leftover
 from engine.loader import Batches, choose_device, load_splits, parse_transforms
-from engine.progress import counted, watched
+from engine.progress import counted
+from engine.terminal import watched
 
 Ranked = list[tuple[str, float]]  # classes with their probabilities, the likeliest first
 FEW = 100  # images that are read before worker processes would have started
@@ -201,15 +203,10 @@ def walk(folder: str, walked: set[str], problems: dict[str, None]) -> Iterator[t
     """os.walk, sorted, without what is hidden and without the folders `walked` already: links may lead in circles."""
     for place, folders, names in os.walk(folder, followlinks=True, onerror=lambda e: problems.setdefault(one_line(e))):
         here = os.path.realpath(place)
-        folders[:] = sorted(name for name in folders if not is_passed_over(name)) if here not in walked else []
+        folders[:] = sorted(name for name in folders if not is_leftover(name)) if here not in walked else []
         if here not in walked:
             walked.add(here)
-            yield place, folders, sorted(name for name in names if not is_passed_over(name))
-
-
-def is_passed_over(name: str) -> bool:
-    """Whether a file or folder is none that was put there to be looked at: a hidden one."""
-    return name.startswith(".")
+            yield place, folders, sorted(name for name in names if not is_leftover(name))
 
 
 def matching(pattern: str, problems: dict[str, None]) -> list[str]:

@@ -24,10 +24,11 @@ from engine.config import build
 from engine.errors import RequestError
 from engine.loader import Batches, choose_device, fingerprint, load_splits
 from engine.metrics import Tally, accuracy, evaluate, loss_name
-from engine.progress import Bar, epoch_line, watched
+from engine.progress import Bar, epoch_line
 from engine.runs import log
 from engine.saver import Progress, RandomStates, Saver
 from engine.schedules import build_schedule
+from engine.terminal import watched
 from engine.trackers import Trackers
 from engine.trial import to_device, try_step
 

@@ -29,7 +29,8 @@ from torch import Tensor
 from engine import files as safe
 from engine.augment import Resize, to_float
 from engine.errors import RequestError, RunError, one_line, printable
-from engine.reader import Reader, Workers, bar, cannot_be_read, cores
+from engine.reader import Reader, Workers, cannot_be_read, cores
+from engine.terminal import watched
 
 Cache = tuple[Tensor, dict[int, str]]
 
@@ -196,7 +197,7 @@ def _decode(
     workers = Workers(_CacheReader(files, resize), min(cores(), len(batches)) if len(batches) > 4 else 0, BATCH)
     shape: list[int] = []
     unreadable: dict[int, str] = {}
-    with bar(range(len(files)), "caching") as done:
+    with watched(range(len(files)), "caching", len(files)) as done:
         for images, rows, failures in workers.read(0, batches):
             unreadable |= failures
             done.update(len(rows))

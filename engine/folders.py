@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import combinations
 from pathlib import Path
-from typing import Any
-
-from tqdm import tqdm
 
 from engine.errors import RequestError, printable
 from engine.images import EXTENSIONS, shown
+from engine.terminal import watched
 
 # The folders of the parts of a data set; another spelling, such as Testing, is asked about and not taken for a class.
 PARTS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
@@ -82,13 +79,14 @@ def one_class(folder: Path, name: str, root: str | None) -> RequestError:
     return RequestError(message)
 
 
-def _is_leftover(name: str) -> bool:
+def is_leftover(name: str) -> bool:
+    """Whether a file or folder was put there by no person: a hidden one, or what file managers leave."""
     return name.startswith(".") or name.lower() in LEFTOVERS
 
 
 def _folders(folder: Path) -> list[str]:
     """Names of the folders in it, sorted, without what file managers leave."""
-    return sorted(entry.name for entry in _entries(folder) if _is(entry.is_dir) and not _is_leftover(entry.name))
+    return sorted(entry.name for entry in _entries(folder) if _is(entry.is_dir) and not is_leftover(entry.name))
 
 
 def _entries(folder: str | Path) -> list[os.DirEntry[str]]:
@@ -185,7 +183,7 @@ class Walk:
                 continue
             inner = []
             for entry in _entries(directory):
-                if _is_leftover(entry.name):
+                if is_leftover(entry.name):
                     continue
                 path = os.path.join(directory, entry.name)
                 if _is(entry.is_dir):
@@ -229,9 +227,3 @@ class Walk:
 
 def _is_within(path: str, folder: str) -> bool:
     return os.path.commonpath([path, folder]) == folder
-
-
-def watched(iterable: Iterable[Any], title: str, total: int | None) -> Iterator[Any]:
-    """The same, with a bar on a terminal where it takes longer than a second."""
-    quiet = not sys.stderr.isatty()
-    yield from tqdm(iterable, title, total, delay=1, leave=False, disable=quiet, dynamic_ncols=True)

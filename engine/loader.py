@@ -43,9 +43,10 @@ from engine.augment import (
 from engine.config import build, did_you_mean, locate
 from engine.errors import RequestError, RunError, one_line, out_of_memory, printable
 from engine.images import open_image, shown
-from engine.reader import Reader, Stream, Workers, bar, cannot_be_read, cores, users_code
+from engine.reader import Reader, Stream, Workers, cannot_be_read, cores, users_code
 from engine.runs import log
 from engine.shares import hold_out, spread
+from engine.terminal import watched
 
 # Settings of every dataset, and those of file datasets, that are used here and not by the dataset's function.
 COMMON = ("val_fraction", "limit", "train_transforms", "eval_transforms", "target_transform", "steps_per_epoch")
@@ -628,7 +629,7 @@ def _run_alone(transforms: Sequence[Any], in_memory: bool) -> int:
 def _check_sizes(split: Split, option: str) -> None:
     """Without a Resize, images of files must have one size; their headers tell before any is decoded."""
     files, first = split.part, None
-    for index in bar(split.indices.tolist(), "looking at the images' sizes"):  # type: ignore[union-attr]
+    for index in watched(split.indices.tolist(), "looking at the images' sizes"):  # type: ignore[union-attr]
         path = str(files.paths[index])
         try:
             with open_image(path) as image:

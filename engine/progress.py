@@ -2,44 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 import time
-from collections.abc import Iterable
 from typing import Any, TypeVar
 
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from engine import sweep
+from engine import terminal
 from engine.metrics import Tally
 
 Item = TypeVar("Item")
 REFRESH = 0.25  # seconds; reading the tally waits for the device
-
-
-def watched(batches: Iterable[Item], title: str, total: int | None = None) -> Iterable[Item]:
-    """Batches that are counted by a bar on stderr from the second second on; by none if that is no terminal.
-
-    Args:
-        batches: whatever is gone through.
-        title: what is being done.
-        total: how many there are, where that is known.
-    """
-    return tqdm(
-        batches,
-        desc=f"{sweep.label}  {title}".strip(),
-        total=total or None,
-        delay=1,
-        leave=False,
-        disable=not is_terminal(),
-        dynamic_ncols=True,
-        bar_format=None if not total else "{desc} {percentage:3.0f}%|{bar}| {n}/{total} [{elapsed}<{remaining}]",
-    )
-
-
-def is_terminal() -> bool:
-    """Whether stderr is a terminal; it may also have been closed (`2>&-`)."""
-    return sys.stderr is not None and sys.stderr.isatty()
 
 
 def counted(number: int, noun: str) -> str:
@@ -52,12 +25,12 @@ class Bar:
 
     def __init__(self, title: str, total: int, done: int, tally: Tally, optimizer: Optimizer) -> None:
         self.bar = None
-        if is_terminal():
+        if terminal.is_terminal():
             layout = "{desc} {percentage:3.0f}%|{bar}| {n}/{total} [{elapsed}<{remaining}{postfix}]"
             self.bar = tqdm(
                 total=total,
                 initial=done,
-                desc=f"{sweep.label}  {title}".strip(),
+                desc=f"{terminal.label}  {title}".strip(),
                 leave=False,
                 dynamic_ncols=True,
                 mininterval=0,

@@ -8,7 +8,6 @@ import multiprocessing
 import os
 import pickle
 import signal
-import sys
 import sysconfig
 import traceback
 import warnings
@@ -23,7 +22,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 import datasets
 from engine.augment import (
@@ -77,12 +75,6 @@ def cannot_be_read(errors: Sequence[str], all_of_them: str, training: bool) -> s
     count = f"; {len(errors):,} of {all_of_them} cannot be read" if several else ""
     way_out = f"; dataset.skip_unreadable=true leaves {'them' if several else 'it'} out of training" if training else ""
     return errors[0] + count + way_out
-
-
-def bar(items: Iterable[Any], title: str) -> tqdm:
-    """The items, counted on a terminal from the second second on."""
-    none = sys.stderr is None or not sys.stderr.isatty()  # None where it was closed
-    return tqdm(items, desc=title, unit=" images", delay=1, leave=False, disable=none, dynamic_ncols=True)
 
 
 class Reader:

@@ -13,10 +13,10 @@ from torch import Tensor
 import datasets
 from engine.augment import Normalize
 from engine.errors import RequestError, RunError, one_line, printable
-from engine.folders import watched
 from engine.images import UNREADABLE
 from engine.loader import Batches, Split, load_splits, parse_transforms
 from engine.metrics import class_of
+from engine.terminal import watched
 
 BATCH = 256  # samples read at once for the statistics
 

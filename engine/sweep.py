@@ -77,7 +77,6 @@ class Sweep:
 
 
 _started: Sweep | None = None
-label = ""  # "job 3/12" while a job of a sweep runs in this process, for progress lines
 
 
 def has_started() -> bool:
@@ -305,13 +304,12 @@ def run_job(
     Raises:
         SystemExit: the job was interrupted (130, 143); this ends the sweep.
     """
-    global label
     hydra = HydraConfig.get()
     directory = Path(hydra.sweep.dir)
     settings = files.read_json(directory / "sweep.json")  # as start() wrote it
     number = int(hydra.job.num) + int(settings.get("first_number", 0))
     varying = [printable(text) for text in _varying(list(hydra.overrides.task), settings.get("varying", []))]
-    label = f"job {number + 1}/{settings.get('jobs', '?')}"
+    label = terminal.label = f"job {number + 1}/{settings.get('jobs', '?')}"
     record: dict[str, Any] = {"job": number + 1, "overrides": varying}
     try:
         plain = check(config)
@@ -348,7 +346,7 @@ def run_job(
         _report(record, f"{type(error).__name__}: {one_line(error)}")
         return None
     finally:
-        label = ""
+        terminal.label = ""
     _record(directory, record, state="finished", value=value)
     return value
 

@@ -1,4 +1,4 @@
-"""Standard output and error: what is printed cannot steer a terminal, and a reader that has gone is no crash."""
+"""Standard output and error: nothing printed steers a terminal, a reader gone is no crash. Bars of long work."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
+
+from tqdm import tqdm
 
 from engine.errors import RunError, printable
 
@@ -117,3 +119,34 @@ def release(exit_code: int) -> int:
 def width() -> int | None:
     """Columns of the terminal that standard output is, None where it is none."""
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bars
+
+label = ""  # "job 3/12" while a job of a sweep runs in this process
+
+
+def is_terminal() -> bool:
+    """Whether stderr is a terminal; it may also have been closed (`2>&-`)."""
+    return sys.stderr is not None and sys.stderr.isatty()
+
+
+def watched(items: Iterable[Any], title: str, total: int | None = None) -> tqdm:
+    """Items that are counted by a bar on stderr from the second second on; by none if that is no terminal.
+
+    Args:
+        items: whatever is gone through.
+        title: what is being done.
+        total: how many there are, where that is known.
+    """
+    return tqdm(
+        items,
+        desc=f"{label}  {printable(title)}".strip(),
+        total=total or None,
+        delay=1,
+        leave=False,
+        disable=not is_terminal(),
+        dynamic_ncols=True,
+        bar_format=None if not total else "{desc} {percentage:3.0f}%|{bar}| {n}/{total} [{elapsed}<{remaining}]",
+    )

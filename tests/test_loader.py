@@ -1087,9 +1087,11 @@ def test_making_a_cache_shows_a_bar_on_a_terminal_only(photos, tmp_path, monkeyp
             return terminal
 
     seen = {}
-    bar = engine.reader.tqdm
+    bar = engine.terminal.tqdm
     monkeypatch.setattr(sys, "stderr", Screen())
-    monkeypatch.setattr("engine.reader.tqdm", lambda n, **given: seen.update(given) or bar(n, **{**given, "delay": 0}))
+    monkeypatch.setattr(
+        "engine.terminal.tqdm", lambda n, **given: seen.update(given) or bar(n, **{**given, "delay": 0})
+    )
     load_splits(cached(photos, tmp_path))
     assert ("caching" in sys.stderr.getvalue()) == terminal and seen["delay"] == 1
 

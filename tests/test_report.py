@@ -28,7 +28,7 @@ import train
 from engine import compare, report
 from engine.augment import Normalize
 from engine.metrics import Mistakes, evaluate, loss_name
-from engine.progress import watched
+from engine.terminal import watched
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = [f"a_{word}_of_the_northern_hemisphere_seen_from_{place:03}" for place in range(100) for word in ("sandpiper",)]
