@@ -349,6 +349,7 @@ def stop_log() -> None:
         log.removeHandler(handler)
         handler.close()
     log.propagate = True
+    log.disabled = False  # Hydra disables what it did not configure
 
 
 def write_metrics(path: Path, history: list[dict[str, Any]]) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import multiprocessing
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -421,7 +423,16 @@ def test_the_newest_run_is_taken(folder: Path, call: Any, monkeypatch: pytest.Mo
     assert said.error is None and any("checkpoints/mine/best.pt, 3 classes" in line for line in said.err)
 
 
-def test_a_dead_reader_is_one_line(folder: Path, call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def forking() -> Iterator[None]:
+    """Worker processes are copies of this one, with what a test put in the place of something."""
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("fork", force=True)
+    yield
+    multiprocessing.set_start_method(before, force=True)
+
+
+def test_a_dead_reader_is_one_line(folder: Path, call: Any, monkeypatch: pytest.MonkeyPatch, forking: None) -> None:
     monkeypatch.setattr(predict, "read_image", lambda *_, **__: os._exit(9))
     said = call(images=str(folder), checkpoint=str(folder.parent / "best.pt"), num_workers=1)
     assert said.error is not None and said.error.exit_code == 1 and "num_workers=0" in str(said.error)
