@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from datasets import no_downloads
 from engine import checkpoint, files, report, runs, trust
-from engine.errors import RequestError, RunError, printable
+from engine.errors import RequestError, RunError, printable, shortened
 from engine.loader import Batches, Split, choose_device, load_splits, parse_transforms
 from engine.metrics import Mistakes, accuracy, evaluate, per_class
 from engine.progress import counted
@@ -26,6 +26,8 @@ from engine.terminal import watched
 
 # Settings of a data set that evaluating has no use for: names that are imported, and files that are written.
 ONLY_FOR_TRAINING = ("target_transform", "train_transforms", "cache", "cache_dir", "skip_unreadable")
+
+WIDEST = 60  # characters of a class name in the table
 
 
 def main(config: dict[str, Any]) -> float:
@@ -241,12 +243,12 @@ def mistakes_table(
 
 def table(rows: dict[str, dict[str, float]]) -> str:
     """Precision, recall and F1 of each class, and their plain average over the classes that have samples."""
-    width = max(len("average"), *map(len, rows))
+    width = min(WIDEST, max(len("average"), *map(len, rows)))
     lines = [f"{'':<{width}}  precision  recall      f1  samples"]
     present = [row for row in rows.values() if row["samples"]]
     mean = {key: sum(row[key] for row in present) / len(present) for key in ("precision", "recall", "f1")}
     mean["samples"] = sum(row["samples"] for row in present)
     for name, row in [*rows.items(), ("average", mean)]:
         figures = f"{row['precision']:9.4f}  {row['recall']:6.4f}  {row['f1']:6.4f}  {row['samples']:7,}"
-        lines.append(f"{name:<{width}}  {figures}")
+        lines.append(f"{shortened(name, WIDEST):<{width}}  {figures}")
     return "\n".join(lines)

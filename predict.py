@@ -36,6 +36,7 @@ from engine.progress import counted
 from engine.terminal import watched
 
 Ranked = list[tuple[str, float]]  # classes with their probabilities, the likeliest first
+WIDEST = 60  # characters of a column
 FEW = 100  # images that are read before worker processes would have started
 
 
@@ -399,8 +400,8 @@ class Layout:
 
     def __init__(self, images: Iterable[str], classes: Sequence[str], with_truth: bool) -> None:
         self.with_truth = with_truth
-        self.image = min(60, max(5, *(len(printable(image)) for image in images)))
-        self.name = max(9, *map(len, classes))
+        self.image = min(WIDEST, max(5, *(len(printable(image)) for image in images)))
+        self.name = min(WIDEST, max(9, *map(len, classes)))
 
     def header(self) -> str:
         """The names of the columns."""
@@ -409,8 +410,9 @@ class Layout:
     def line(self, prediction: Prediction) -> str:
         """One prediction."""
         (name, probability), *others = prediction.ranked
-        rest = ", ".join(f"{other} {p:.2%}" for other, p in others)
-        return self._row(prediction.image, prediction.true or "", name, f"{probability:.2%}", rest)
+        rest = ", ".join(f"{shortened(other, WIDEST)} {p:.2%}" for other, p in others)
+        true, name = shortened(prediction.true or "", WIDEST), shortened(name, WIDEST)
+        return self._row(prediction.image, true, name, f"{probability:.2%}", rest)
 
     def _row(self, *cells: str) -> str:
         image, true, predicted, probability, rest = map(printable, cells)
