@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.errors import RunError
-from engine.metrics import Mistakes, Tally, accuracy, class_of, evaluate, per_class
+from engine.metrics import Mistakes, Tally, accuracy, class_of, evaluate, loss_name, per_class
 
 CPU = torch.device("cpu")
 LN3 = math.log(3.0)  # the logits (ln 3, 0) mean the probabilities 3/4 and 1/4
@@ -357,3 +357,31 @@ def test_mistakes_of_probability_labels_and_of_an_evaluation() -> None:
     images, (truths, predictions, probabilities) = read(mistakes)
     assert torch.equal(images, as_images([0], 2))
     assert (truths, predictions) == ([1], [0]) and probabilities == pytest.approx([0.75])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a loss is called
+
+
+@pytest.mark.parametrize(
+    ("criterion", "target_transform", "name"),
+    [
+        (nn.CrossEntropyLoss(), None, None),
+        (nn.CrossEntropyLoss(), "torch.nn.functional.one_hot", None),  # the same labels in another form
+        (nn.CrossEntropyLoss(), "mine.blurred", "cross-entropy with labels by mine.blurred"),
+        (nn.CrossEntropyLoss(label_smoothing=0.1), None, "cross-entropy with label_smoothing=0.1"),
+        (nn.CrossEntropyLoss(weight=torch.ones(3)), None, "cross-entropy with class weights"),
+        (nn.CrossEntropyLoss(reduction="sum"), None, "cross-entropy with reduction=sum"),
+        (
+            nn.CrossEntropyLoss(weight=torch.ones(3), label_smoothing=0.2),
+            None,
+            "cross-entropy with class weights and label_smoothing=0.2",
+        ),
+        (nn.MSELoss(), "torch.nn.functional.one_hot", "MSELoss"),
+        (nn.NLLLoss(), None, "NLLLoss"),
+    ],
+)
+def test_a_loss_is_plain_cross_entropy_or_has_a_name(
+    criterion: nn.Module, target_transform: str | None, name: str | None
+) -> None:
+    assert loss_name(criterion, target_transform) == name

@@ -223,3 +223,16 @@ def test_a_schedule_that_follows_a_metric_is_refused() -> None:
         build_schedule(settings, optimizer(), 2, 3)
     with pytest.raises(RequestError, match="scheduler"):
         build_schedule({"_target_": "engine.schedules.cosine", "warmup": 1}, optimizer(), 2, 3)
+
+
+@pytest.mark.parametrize(("steps", "rate"), [(0, 0.8), (3, 0.8), (4, 0.08), (7, 0.08), (8, 0.008), (9, 0.008)])
+def test_a_schedule_of_torch_started_at_a_step(steps: int, rate: float) -> None:
+    """Ten times less after every epoch of four steps, counted from the beginning whatever the rate is now."""
+    used = optimizer()
+    schedule = build_schedule({"_target_": "torch.optim.lr_scheduler.StepLR", "step_size": 1, "gamma": 0.1}, used, 5, 4)
+    schedule.start(steps)
+    assert used.param_groups[0]["lr"] == pytest.approx(rate) and schedule.state_dict()["steps"] == steps
+    for _ in range(4):
+        used.step()
+        schedule.step()
+    assert used.param_groups[0]["lr"] == pytest.approx(rate / 10)
