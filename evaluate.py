@@ -27,6 +27,7 @@ from engine.terminal import watched
 # Settings of a data set that evaluating has no use for: names that are imported, and files that are written.
 ONLY_FOR_TRAINING = ("target_transform", "train_transforms", "cache", "cache_dir", "skip_unreadable")
 
+MOST_CLASSES = 2000  # of a checkpoint that was made elsewhere; the confusion matrix has their square
 WIDEST = 60  # characters of a class name in the table
 
 
@@ -126,6 +127,8 @@ def settings_for(saved: dict[str, Any], config: dict[str, Any], path: Path) -> d
             if choices.get(group):
                 raise RequestError(f"{group}={choices[group]}: {path} names its own model; leave {group}= out")
         own, ours = saved["config"], checkpoint.is_ours(saved)
+        if not ours and len(saved["classes"]) > MOST_CLASSES:
+            raise RequestError(f"{path}: it has {len(saved['classes']):,} classes, and was made elsewhere; refused")
         how = trust.evaluation_of(own, saved["input_shape"], path, config["batch_size"], ours=ours)
         if not choices.get("dataset"):
             data = {key: value for key, value in own["dataset"].items() if key not in ONLY_FOR_TRAINING}

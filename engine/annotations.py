@@ -15,6 +15,7 @@ from engine.images import EXTENSIONS, shown
 from engine.terminal import watched
 
 MOST_TEXT = 1 << 28  # bytes of a CSV file
+FIRST = 1000  # rows of which at least one has to be there before the others are read
 
 
 def _table(file: str) -> Iterator[tuple[int, list[str]]]:
@@ -49,6 +50,8 @@ def read_annotations(file: str, img_dir: str) -> list[tuple[int, str, str]]:
         if len(cells) < 2 or not cells[0] or not cells[1]:
             raise RequestError(f"{shown(file)}, row {number}: {cut(str(cells))}; expected a file name and a label")
         rows.append((number, os.path.join(img_dir, cells[0]), cells[1]))
+        if len(rows) == FIRST and not any(os.path.isfile(path) for _, path, _ in rows):
+            break  # the names or the folder are wrong, and the rest would tell nothing new
     missing = [row for row in rows if not os.path.isfile(row[1])]
     no_image = missing and missing[0] is rows[0] and not rows[0][1].lower().endswith(EXTENSIONS)
     if no_image and all(label != rows[0][2] for _, _, label in rows[1:]):

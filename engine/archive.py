@@ -23,7 +23,9 @@ from engine.files import open_regular
 
 MOST_DIRECTORY = 2 << 20  # bytes of the archive's table of contents; fewer than 100 a tensor
 MOST_PICKLE = 16 << 20  # bytes of the pickle: everything but the tensors' data
-MOST_OPERATIONS = 2_000_000
+MOST_OPERATIONS = 1_000_000
+MOST_TENSORS = 30_000
+LONGEST_NAME = 200  # characters of what a pickle names
 STORAGES = {
     "FloatStorage": torch.float32,
     "DoubleStorage": torch.float64,
@@ -65,9 +67,17 @@ def _check_directory(file: BinaryIO) -> None:
     if place < 0 or len(tail) - place < 22:
         raise ValueError("it is no archive of torch.save, or cut off")
     directory = int.from_bytes(tail[place + 12 : place + 16], "little")
-    if directory == 0xFFFFFFFF:  # the true size is in the record for large archives, which stands before
-        place = tail.rfind(b"PK\6\6", 0, place)
-        directory = int.from_bytes(tail[place + 40 : place + 48], "little") if place >= 0 else size
+    if tail[max(0, place - 20) : place][:4] == b"PK\6\7":  # a locator: the record for large archives counts
+        named = int.from_bytes(tail[place - 12 : place - 4], "little")
+        before = size - len(tail) + place - 76  # where Python looks for it, whatever the locator says
+        file.seek(max(0, before))
+        records = [file.read(56)]
+        file.seek(min(named, size))
+        records.append(file.read(56))
+        sizes = [int.from_bytes(record[40:48], "little") for record in records if record[:4] == b"PK\6\6"]
+        directory = max([directory % 0xFFFFFFFF, *sizes])
+    elif directory == 0xFFFFFFFF:
+        raise ValueError("its table of contents cannot be found")
     if directory > MOST_DIRECTORY:
         raise ValueError(f"its table of contents takes {directory:,} bytes; that of a checkpoint is smaller")
     file.seek(0)
@@ -101,6 +111,7 @@ class _Reader:
         if self._record("byteorder", b"little") != b"little":
             raise ValueError("it was written on a machine of the other byte order")
         self.storages: dict[str, Tensor] = {}
+        self.tensors = 0
 
     def read(self) -> Any:
         """The object."""
@@ -181,11 +192,13 @@ class _Reader:
                 _of(list, stack[-1]).extend(items)
             elif name in ("SETITEM", "SETITEMS"):
                 items = last(2) if name == "SETITEM" else since_mark()
+                if not all(isinstance(key, (str, int)) for key in items[::2]):
+                    raise ValueError("it has keys that are neither text nor integers")
                 _of(dict, stack[-1]).update(zip(items[::2], items[1::2], strict=True))
             elif name == "GLOBAL":
-                stack.append(_Name(argument.replace(" ", ".")))
+                stack.append(_Name(argument[:LONGEST_NAME].replace(" ", ".")))
             elif name == "STACK_GLOBAL":
-                stack.append(_Name(".".join(_of(str, text) for text in last(2))))
+                stack.append(_Name(".".join(_of(str, text)[:LONGEST_NAME] for text in last(2))))
             elif name == "REDUCE":
                 function, arguments = last(2)
                 stack.append(self._made(_of(_Name, function).name, _of(tuple, arguments)))
@@ -225,6 +238,9 @@ class _Reader:
 
     def _tensor(self, storage: tuple[torch.dtype, str], offset: int, size: Any, stride: Any) -> Tensor:
         dtype, key = storage
+        self.tensors += 1
+        if self.tensors > MOST_TENSORS:
+            raise ValueError(f"it holds more than {MOST_TENSORS:,} tensors")
         places = [_of(int, number) for number in (offset, *_of(tuple, size), *_of(tuple, stride))]
         data = self._bytes(key)
         data = data[: len(data) // dtype.itemsize * dtype.itemsize].view(dtype)

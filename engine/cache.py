@@ -95,7 +95,7 @@ def _locked(path: Path) -> Iterator[None]:
     """
     told = False
     while True:
-        file = path.open("a")
+        file = safe.open_own(path)
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):  # both mean that somebody has it

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 import signal
 import threading
 from collections.abc import Iterator, Sequence
@@ -25,6 +26,7 @@ from engine.errors import RequestError, one_line, printable
 
 FORMAT = 1
 MOST_VALUES, MOST_NESTED = 1_000_000, 32  # of numbers, texts and tensors in a checkpoint, and of levels
+MOST_TEXT, LONGEST_NAME = 1 << 24, 1000  # characters in a checkpoint, and of the name of a tensor or a setting
 MOST_PIXELS = 1 << 24  # numbers of an image as the model gets it; 2300x2300 in colour
 FIRST_SECONDS = 2.0  # of the processor, for building a model of no weights
 DOWNLOADS = {"weights": None, "weights_backbone": None, "pretrained": False}  # settings that fetch, and what stops that
@@ -63,7 +65,7 @@ def read(path: Path) -> dict[str, Any]:
         found = archive.load(path)
         if not isinstance(found, dict):
             raise ValueError(f"it holds {type(found).__name__}; expected a checkpoint or a state_dict")
-        _check_data(found)
+        _check_data(found, path.stat().st_size)
         if "format" not in found:
             inner = (found.get(key) for key in ("model", "state_dict", "model_state_dict"))
             found = {"model": next((state for state in inner if isinstance(state, dict)), found)}
@@ -76,28 +78,38 @@ def read(path: Path) -> dict[str, Any]:
     return found
 
 
-def _check_data(value: Any) -> None:
+def _check_data(value: Any, size: int) -> None:
     """Refuse what no training run writes: it could be crafted to break, or to keep busy, what uses it.
 
-    A dictionary that is referred to from many places counts as often as a walk through the whole would meet it.
+    What is referred to from many places counts as often as a walk through the whole would meet it.
+
+    Args:
+        value: what the file holds.
+        size: of the file, in bytes.
 
     Raises:
         ValueError: something else than tensors, numbers and text by name, or too much of it.
     """
-    waiting, count = [(value, 0)], 0
+    waiting, count, letters, numbers = [(value, 0)], 0, 0, 0
     while waiting:
         item, depth = waiting.pop()
         count += 1
         if depth > MOST_NESTED or count > MOST_VALUES:
             raise ValueError(f"it has more than {MOST_VALUES:,} values, or {MOST_NESTED} levels of them")
         if isinstance(item, dict):
-            if not all(isinstance(key, (str, int)) for key in item):
-                raise ValueError("it has keys that are neither text nor integers")
+            if not all(isinstance(key, int) or len(key) <= LONGEST_NAME for key in item):
+                raise ValueError(f"it has names of more than {LONGEST_NAME:,} characters")
             waiting += [(inner, depth + 1) for inner in item.values()]
         elif isinstance(item, (list, tuple)):
             waiting += [(inner, depth + 1) for inner in item]
-        elif item is not None and not isinstance(item, (Tensor, str, int, float)):
+        elif isinstance(item, str):
+            letters += len(item)
+        elif isinstance(item, Tensor):
+            numbers += item.numel() * item.element_size()
+        elif item is not None and not isinstance(item, (int, float)):
             raise ValueError(f"it holds {type(item).__name__}; expected tensors, numbers and text")
+    if letters > MOST_TEXT or numbers > 2 * size:
+        raise ValueError(f"it stands for {letters:,} characters and {numbers:,} bytes of numbers, more than it holds")
 
 
 def _check_checkpoint(found: dict[str, Any]) -> None:
@@ -131,9 +143,7 @@ def _check_checkpoint(found: dict[str, Any]) -> None:
 def strip_prefixes(name: str) -> str:
     """A parameter's own name, without `module.` before it and `_orig_mod.` anywhere, in any nesting."""
     name = name.replace("_orig_mod.", "")
-    while name.startswith("module."):
-        name = name.removeprefix("module.")
-    return name
+    return re.sub(r"^(?:module\.)+", "", name)
 
 
 def build_model(checkpoint: dict[str, Any], path: Path) -> nn.Module:

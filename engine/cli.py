@@ -279,10 +279,14 @@ def _explain(error: Exception, arguments: list[str], entry: str) -> str:
         return f"{shortened(str(error.override))!r} is not understood: {reason}; --help shows how"
     if "must be a string or a list" in text:
         for group in groups:
-            if any(re.fullmatch(rf"{group}=(null|[-+.\de]+|true|false)", a, re.IGNORECASE) for a in arguments):
+            if any(
+                re.fullmatch(rf"{group}=(null|[-+.\de]+|true|false|nan|[-+]?inf)", a, re.IGNORECASE) for a in arguments
+            ):
                 return f"{group} has to be one of {', '.join(groups[group])}"
     if found := re.search(r"Could not (?:find|load) '([^']+)/([^'/]+)'", text):
         group, option = found.groups()
+        if (top := group.partition("/")[0]) in groups:  # a path was typed
+            group, option = top, f"{group}/{option}".partition("/")[2]
         if group.startswith("hydra/"):
             return f"{group}={option}: no such option, or its plugin is not installed: {sweep.INSTALL}"
         return no_such_option(group, option, groups.get(group, []))

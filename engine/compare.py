@@ -31,6 +31,7 @@ RESULTS = (
     "seconds",
 )  # fmt: skip
 ALWAYS = ("model", "dataset")  # shown even where all runs agree
+MOST_METRICS, MOST_EPOCHS = 1 << 23, 100_000  # bytes and lines of a metrics.csv
 AVERAGED = ("train_accuracy", "val_accuracy", "test_accuracy")
 NOT_COMPARED = ("logger", "hparams_search")  # groups that change nothing about what a run comes to by themselves
 NOT_SETTINGS = (*RESULTS, "reason", "name", "runs", *(f"{name}_std" for name in AVERAGED))
@@ -156,9 +157,11 @@ def _metrics(file: Path) -> Row:
     Raises:
         OSError, ValueError, csv.Error: it is no table.
     """
-    text = files.read_text(file)
+    text = files.read_text(file, MOST_METRICS)
     if "\0" in text:
         raise ValueError("it holds zero bytes")
+    if text.count("\n") > MOST_EPOCHS:
+        raise ValueError(f"it has more than {MOST_EPOCHS:,} lines")
     epochs = list(csv.DictReader(io.StringIO(text, newline="")))
     result: Row = {"epoch": len(epochs), "seconds": round(sum(as_number(e.get("seconds")) or 0 for e in epochs), 3)}
     measured = [epoch for epoch in epochs if as_number(epoch.get("val_accuracy")) is not None]

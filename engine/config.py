@@ -395,7 +395,8 @@ def default_choices(file: Path) -> dict[str, Any]:
 
 def no_such_option(group: str, option: str, options: Sequence[str]) -> str:
     there_is = ", ".join(options) or "none"
-    return f"{group}={shortened(option)}: no such {group}{did_you_mean(option, options)}; there is {there_is}"
+    others = f"; another one is a YAML file in configs/{group}/" if group in BUILT_GROUPS else ""
+    return f"{group}={shortened(option)}: no such {group}{did_you_mean(option, options)}; there is {there_is}{others}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -466,7 +467,8 @@ def build(
     except RunError:
         raise
     except Exception as error:
-        raise RequestError(f"{group}: {name} refuses its settings: {_cause(error)}") from error
+        verb = "refuses its settings" if isinstance(error, (TypeError, ValueError)) else "fails"  # a bug of its own
+        raise RequestError(f"{group}: {name} {verb}: {_cause(error)}") from error
 
 
 def _cause(error: Exception) -> str:

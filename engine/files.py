@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shutil
 import stat
 from pathlib import Path
@@ -16,7 +17,8 @@ import yaml
 from engine.errors import RunError, one_line
 
 MOST_TEXT = 1 << 24  # bytes of a text file that a run writes: its configuration, its metrics, a sweep's list of jobs
-MOST_NODES = 100_000  # of a YAML file
+MOST_NODES = 20_000  # of a YAML file
+MOST_DIGITS = 100  # of a number in a YAML file
 MOST_NESTED = 40  # levels of a YAML or JSON file
 
 
@@ -29,6 +31,22 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
     if not stat.S_ISREG(os.stat(path).st_mode):  # asked before it is opened, which a device may feel
         raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
     return os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+
+
+def open_own(path: str | os.PathLike[str], mode: str = "a+b") -> Any:
+    """Open a file of the program's own for adding to it; one is made where there is none.
+
+    A link would lead elsewhere, a FIFO would make the program wait: another file than a regular one is refused.
+
+    Raises:
+        OSError: it cannot be opened, or is anything else.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    descriptor = os.open(path, flags, 0o666)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
+    return os.fdopen(descriptor, mode, buffering=0 if "b" in mode else -1)
 
 
 def read_bytes(path: str | os.PathLike[str], at_most: int) -> bytes:
@@ -74,6 +92,9 @@ def parse_yaml(text: str) -> Any:
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if isinstance(event, yaml.AliasEvent):
                 raise ValueError("it refers to itself (a YAML anchor), which no run writes")
+            plain = isinstance(event, yaml.ScalarEvent) and event.implicit[0]  # what may be read as a number
+            if plain and len(event.value) > MOST_DIGITS and re.fullmatch(r"[-+.]*\d[-+\w:.]*", event.value):
+                raise ValueError(f"it has a number of {len(event.value):,} digits")
             if nodes > MOST_NODES or depth > MOST_NESTED:
                 raise ValueError(f"it has more than {MOST_NODES:,} values or {MOST_NESTED} levels")
         return yaml.load(text, Loader=loader)

@@ -133,9 +133,10 @@ def load_splits(settings: dict[str, Any], only: str | None = None) -> tuple[dict
 
     count, labels = _count(data.train), _labels(data.train)
     held_out = None
+    if labels is None and count is not None and (settings["limit"] or (data.val is None and settings["val_fraction"])):
+        what = "samples of dataset.limit are taken" if settings["limit"] else "validation is held out"
+        print(f"{type(data.train).__name__} has no .targets: {what} at random, not class by class")
     if data.val is None and count is not None and settings["val_fraction"]:
-        if labels is None:
-            print(f"{type(data.train).__name__} has no .targets: validation is held out at random, not class by class")
         held_out = hold_out(labels, count, settings["val_fraction"])
     limit, splits = settings["limit"], {}
     splits["train"] = _split(data.train, None if held_out is None else ~held_out, len(classes), limit)

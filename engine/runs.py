@@ -224,7 +224,7 @@ def lock(directory: Path) -> None:
     Raises:
         RequestError: another process has it; says which.
     """
-    file = (directory / ".lock").open("a+", encoding="utf-8")
+    file = files.open_own(directory / ".lock", "a+")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

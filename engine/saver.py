@@ -22,9 +22,9 @@ import torch
 
 from engine import checkpoint
 from engine.config import build
-from engine.errors import Interrupted, RequestError, RunError, one_line, out_of_memory
+from engine.errors import Interrupted, RequestError, RunError, one_line, out_of_memory, shortened
 from engine.metrics import Tally
-from engine.runs import log
+from engine.runs import COLUMNS, log
 
 Item = TypeVar("Item")
 TRY = "try a lower learning rate (optimizer.lr), or clip_grad_norm=1"
@@ -305,6 +305,10 @@ class Saver:
         except RequestError as error:
             log.info(f"{error}: going on from {previous}, the one before")
             saved = checkpoint.read(previous)
+        try:
+            check_saved(saved, self.parts["model"])
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            raise RequestError(f"{last}: holds no run that can go on ({one_line(error)})") from None
         self._compare(saved, changed)
         try:
             self._load(saved, changed, steps_per_epoch)
@@ -343,13 +347,51 @@ class Saver:
         if saved["data"] != self.about["data"] and not changed:
             raise RequestError(
                 f"{self.directory}: the data is another than it was started with: "
-                f"{saved['data']} -> {self.about['data']}; "
+                f"{shortened(saved['data'])} -> {self.about['data']}; "
                 "resume_changed=true goes on all the same"
             )
         before, now = saved["environment"], self.about["environment"]
-        other = [f"{k} {before.get(k)} -> {now[k]}" for k in now if k != "git_commit" and before.get(k) != now[k]]
+        names = [key for key in now if key != "git_commit" and before.get(key) != now[key]]
+        other = [f"{key} {shortened(str(before.get(key)))} -> {now[key]}" for key in names]
         if other:
             log.info(f"warning  {', '.join(other)} since the run was saved: the last bits may come out differently")
+
+
+def check_saved(saved: dict[str, Any], model: Any) -> None:
+    """Refuse a last.pt whose values no run writes: they would be met in the middle of the work, or printed.
+
+    Raises:
+        KeyError, ValueError, TypeError, AttributeError: what is wrong.
+    """
+    progress, tally, history = saved["progress"], saved["tally"], saved["progress"]["history"]
+    if not isinstance(saved["data"], str) or not isinstance(saved["environment"], dict):
+        raise ValueError("its data and environment are no descriptions")
+    counts = [progress["epoch"], progress["batch"], saved["scheduler"]["steps"], tally["correct"]]
+    if not all(type(count) is int and 0 <= count < 1 << 63 for count in counts):
+        raise ValueError(f"its counts of epochs and steps are {shortened(str(counts))}")
+    for row in [*history, *([progress["best"]] if progress["best"] else [])]:
+        known = isinstance(row, dict) and set(row) == set(COLUMNS)
+        if not known or not all(value is None or _is_finite_number(value) for value in row.values()):
+            raise ValueError(f"a row of its metrics is {shortened(str(row))}")
+    if progress["epoch"] != len(history) + 1 or [row["epoch"] for row in history] != list(range(1, len(history) + 1)):
+        raise ValueError(f"it is in epoch {progress['epoch']}, after {len(history)} rows of metrics")
+    if (progress["best"] or history) and progress["best"] not in history:
+        raise ValueError("its best epoch is none of its epochs")
+    if not _is_finite_number(progress["seconds"]) or not _is_finite_number(progress["lr"]):
+        raise ValueError("its seconds and learning rate are no numbers")
+    if tally["losses"].ndim != 1 or tally["losses"].shape != torch.as_tensor(tally["sizes"]).shape:
+        raise ValueError("its losses and batches are not as many")
+    shapes = [parameter.shape for parameter in model.parameters()]
+    for number, state in saved["optimizer"]["state"].items():
+        for name, value in state.items():
+            if isinstance(value, torch.Tensor) and value.numel() != 1 and value.shape != shapes[number]:
+                raise ValueError(
+                    f"{shortened(str(name))} of its optimizer is {list(value.shape)}, not {list(shapes[number])}"
+                )
+
+
+def _is_finite_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def state_names(optimizer: dict[str, Any]) -> set[str]:

@@ -42,7 +42,7 @@ from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from engine import compare, files, runs, terminal
+from engine import compare, files, runs, terminal, trust
 from engine.errors import Interrupted, RequestError, RunError, one_line, printable
 
 INSTALL = "pip install '.[sweep]'"
@@ -223,9 +223,12 @@ def _claim(root: Path, name: str | None) -> tuple[Path, bool]:
             except FileExistsError:
                 if name is None:
                     continue
-                if (directory / "sweep.json").is_file():
+                if (directory / "sweep.json").is_file() and not directory.is_symlink():
+                    trust.check_folder(directory)
                     return directory, False  # the same sweep goes on
                 raise RequestError(f"name={name}: {directory} is taken; choose another name or remove it") from None
+    except ValueError as error:
+        raise RequestError(f"name={name}: {directory}: {one_line(error)}") from None
     except OSError as error:
         raise RequestError(f"the sweep's directory cannot be made in {root.resolve()}: {one_line(error)}") from None
     raise AssertionError
@@ -381,8 +384,18 @@ def _before(directory: Path, configuration: str) -> dict[str, Any]:
             if (run / "summary.json").is_file():
                 return record if record["state"] == "finished" else {}
             can_go_on = record["state"] in ("began", "stopped") and (run / ".hydra" / "config.yaml").is_file()
-            return record if can_go_on else {}
+            return record if can_go_on and _holds_files_only(run) else {}
     return {}
+
+
+def _holds_files_only(run: Path) -> bool:
+    """Whether nothing in a run's directory leads elsewhere, so that it can be gone on with."""
+    try:
+        trust.check_folder(run)
+        trust.check_folder(run / ".hydra")
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def _run_name(directory: Path, number: int, varying: list[str]) -> str:
@@ -435,7 +448,7 @@ def _report(record: dict[str, Any], reason: str) -> None:
 def _record(directory: Path, record: dict[str, Any], **result: Any) -> None:
     """Add a line to jobs.jsonl in one write, so that jobs that end together do not mix theirs."""
     line = json.dumps(record | result, default=str) + "\n"
-    with (directory / "jobs.jsonl").open("ab", buffering=0) as file:
+    with files.open_own(directory / "jobs.jsonl") as file:
         file.write(line.encode())
 
 

@@ -198,7 +198,7 @@ def _told(what: str, batch_size: int) -> Iterator[None]:
         yield
     except Exception as error:
         if said := out_of_memory(error, batch_size):
-            raise RequestError(f"{what.format('does not take')}: {said}") from error
+            raise RequestError(f"{what.format('fails on')}: {said}") from error
         verb = "does not take" if isinstance(error, MISFITS) else "fails on"
         raise RequestError(f"{what.format(verb)}: {cause(error)}") from error
 

@@ -27,6 +27,7 @@ import os
 import re
 import secrets
 import stat
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,8 @@ LISTS_OF_TEXT = ("dataset.train_transforms", "dataset.eval_transforms", "dataset
 WORD = re.compile(r"[\w+ -]{1,64}(\.\d[\w+-]{0,16})*")  # no path, no address and no name that could be imported
 MOST_ITEMS = 1000  # of a list, and of all lists within it
 MOST = 1_000_000  # a number of layers, neurons or pixels
-MOST_BATCH = 1 << 27  # numbers of a batch of images; 512 MB as floats
+MOST_BATCH = 1 << 24  # numbers of a batch of images; 64 MB as floats, and many times that within a model
+MOST_WORK = 1 << 30  # steps of the arithmetic of the transforms of one image
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -61,8 +63,9 @@ MOST_BATCH = 1 << 27  # numbers of a batch of images; 512 MB as floats
 
 
 def _key_file() -> Path:
-    data = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
-    return Path(data) / "image-classifier-training" / "key"
+    asked = Path(os.environ.get("XDG_DATA_HOME", ""))  # a relative one counts as none (XDG Base Directory)
+    data = asked if asked.is_absolute() else Path.home() / ".local" / "share"
+    return data / "image-classifier-training" / "key"
 
 
 def _key(make: bool) -> bytes | None:
@@ -235,7 +238,7 @@ def evaluation_of(
         ours: whether the configuration was typed here.
 
     Raises:
-        RequestError: a value is not valid, or a batch of that size would take much memory and nobody asked for it here.
+        RequestError: a value is not valid, or the work would be endless.
     """
     known = read_settings(CONFIGS / "train.yaml") | read_settings(CONFIGS / "dataset" / "_base.yaml", "dataset.")
     own: dict[str, Any] = {"batch_size": config.get("batch_size"), "seed": config.get("seed")}
@@ -243,13 +246,41 @@ def evaluation_of(
     for name, value in own.items():
         if not known[name].accepts(value) or not (ours or name == "seed" or is_data(known[name], value)):
             raise RequestError(f"{where}: its {name} is {_brief(value)}; expected {known[name].expected}")
-    sides = [item for item in _items(own["dataset.eval_transforms"]) if isinstance(item, int)]
-    largest = shape[0] * max(shape[1] * shape[2], *(side * side for side in sides), 1)
-    if not ours and batch_size is None and own["batch_size"] * largest > MOST_BATCH:
-        size = f"a batch of its {own['batch_size']} images may take {4 * own['batch_size'] * largest / 1e9:.1f} GB"
-        raise RequestError(f"{where}: {size}; say batch_size= if you want that")
-    own["batch_size"] = batch_size or own["batch_size"]
+    if ours:
+        own["batch_size"] = batch_size or own["batch_size"]
+    else:
+        own["batch_size"] = batch_size or _bounded(own["batch_size"], shape, own["dataset.eval_transforms"], where)
     return {name.rpartition(".")[2]: value for name, value in own.items()}
+
+
+def _bounded(batch_size: int, shape: Sequence[int], transforms: list[Any], where: Path) -> int:
+    """The batch size of a stranger's checkpoint, or a smaller one where that would take much memory; it says so.
+
+    Raises:
+        RequestError: its transforms would be long at work on a single image.
+    """
+    side = max((item for item in _items(transforms) if type(item) is int), default=1)
+    window = max((item for entry in transforms for item in _kernels(entry)), default=1)
+    largest = shape[0] * max(shape[1] * shape[2], side * side)
+    if len(transforms) * largest * window * window > MOST_WORK:
+        raise RequestError(f"{where}: its dataset.eval_transforms are long at work on images of {side} pixels; refused")
+    fitting = max(1, MOST_BATCH // largest)
+    if batch_size > fitting:
+        print(f"{printable(str(where))}: batches of {fitting} instead of {batch_size}, as it was made elsewhere; "
+              "batch_size= takes others", file=sys.stderr)  # fmt: skip
+    return min(batch_size, fitting)
+
+
+def _kernels(entry: Any) -> Iterator[int]:
+    """The integers under `kernel_size` anywhere in a transform."""
+    if isinstance(entry, dict):
+        for key, value in entry.items():
+            yield from (
+                (item for item in _items(value) if type(item) is int) if key == "kernel_size" else _kernels(value)
+            )
+    elif isinstance(entry, list):
+        for item in entry:
+            yield from _kernels(item)
 
 
 def is_data(setting: Setting | None, value: Any) -> bool:
@@ -319,11 +350,8 @@ def read_run(directory: Path) -> tuple[dict[str, Any], bool]:
     """
     file = directory / ".hydra" / "config.yaml"
     try:
-        for folder in (directory, file.parent):
-            for entry in os.scandir(folder):
-                kind = entry.stat(follow_symlinks=False).st_mode
-                if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)) or (entry.name == ".hydra" and stat.S_ISREG(kind)):
-                    raise ValueError(f"{printable(entry.name)} is a link or no file; put the file itself there")
+        check_folder(directory)
+        check_folder(file.parent)
         text = files.read_text(file)
         config = parse_config(text)
         if interpolates(config):
@@ -332,6 +360,19 @@ def read_run(directory: Path) -> tuple[dict[str, Any], bool]:
         raise RequestError(f"{file}: not a run's configuration ({one_line(error)})") from None
     signed, _, sign = text.rpartition(SIGNATURE)
     return config, is_ours(signed, sign.strip())
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder that is to be written into if something in it is no file of its own.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it holds a link, by which writing there would write elsewhere, a FIFO or a device.
+    """
+    for entry in os.scandir(folder):
+        kind = entry.stat(follow_symlinks=False).st_mode
+        if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)) or (entry.name == ".hydra" and stat.S_ISREG(kind)):
+            raise ValueError(f"{printable(entry.name)} is a link or no file; put the file itself there")
 
 
 def parse_config(text: str) -> dict[str, Any]:

@@ -7,9 +7,11 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from glob import has_magic
 from pathlib import Path
+from typing import Any
 
-from engine.config import GLOBAL_GROUPS, OTHER_WORDS, no_such_setting
+from engine.config import GLOBAL_GROUPS, OTHER_WORDS, as_typed, no_such_setting
 from engine.errors import RequestError, shortened
+from engine.files import parse_yaml
 
 PATHS = ("checkpoint", "images", "output")  # settings whose values are often completed by the shell, not written
 
@@ -61,9 +63,34 @@ def as_meant(
     for argument in given:
         if "=" not in argument and not argument.startswith("~"):
             raise RequestError(f"{shortened(argument)!r} is not understood: {_bare(argument, known(), options)}")
+    given = [_with_braces(argument) for argument in given]
     if entry != "train":
         given = [quoted_path(argument) for argument in given]
     return given
+
+
+def _with_braces(argument: str) -> str:
+    """`dataset.train_transforms=[RandomCrop: {size: 8}]`, as a YAML file has it, with the braces that Hydra wants."""
+    name, _, value = argument.partition("=")
+    if not name.endswith("_transforms") or not re.search(r"[\[,]\s*\w+\s*:", value):
+        return argument
+    try:
+        listed = parse_yaml(re.sub(r":(?=[^\s])", ": ", value))
+    except ValueError:
+        return argument
+    return f"{name}={_for_hydra(listed)}" if isinstance(listed, list) else argument
+
+
+def _for_hydra(value: Any) -> str:
+    """Plain data in Hydra's grammar."""
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{key}: {_for_hydra(item)}' for key, item in value.items())}}}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(_for_hydra, value))}]"
+    if isinstance(value, str) and not re.fullmatch(r"[\w./-]+", value):
+        quoted = value.replace("'", r"\'")
+        return f"'{quoted}'"
+    return as_typed(value)
 
 
 def given_twice(arguments: Iterable[str]) -> list[str]:
