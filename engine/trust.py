@@ -246,29 +246,29 @@ def evaluation_of(
     for name, value in own.items():
         if not known[name].accepts(value) or not (ours or name == "seed" or is_data(known[name], value)):
             raise RequestError(f"{where}: its {name} is {_brief(value)}; expected {known[name].expected}")
-    if ours:
-        own["batch_size"] = batch_size or own["batch_size"]
-    else:
-        own["batch_size"] = batch_size or _bounded(own["batch_size"], shape, own["dataset.eval_transforms"], where)
+    if not ours:
+        largest = _largest(shape, own["dataset.eval_transforms"], where)
+        fitting = max(1, MOST_BATCH // largest)
+        if batch_size is None and own["batch_size"] > fitting:
+            instead = f"batches of {fitting} instead of {own['batch_size']}, as it was made elsewhere"
+            print(f"{printable(str(where))}: {instead}; batch_size= takes others", file=sys.stderr)
+            own["batch_size"] = fitting
+    own["batch_size"] = batch_size or own["batch_size"]
     return {name.rpartition(".")[2]: value for name, value in own.items()}
 
 
-def _bounded(batch_size: int, shape: Sequence[int], transforms: list[Any], where: Path) -> int:
-    """The batch size of a stranger's checkpoint, or a smaller one where that would take much memory; it says so.
+def _largest(shape: Sequence[int], transforms: list[Any], where: Path) -> int:
+    """The numbers that an image of a stranger's checkpoint may have on its way through the transforms.
 
     Raises:
-        RequestError: its transforms would be long at work on a single image.
+        RequestError: they would be long at work on a single image.
     """
     side = max((item for item in _items(transforms) if type(item) is int), default=1)
     window = max((item for entry in transforms for item in _kernels(entry)), default=1)
     largest = shape[0] * max(shape[1] * shape[2], side * side)
     if len(transforms) * largest * window * window > MOST_WORK:
         raise RequestError(f"{where}: its dataset.eval_transforms are long at work on images of {side} pixels; refused")
-    fitting = max(1, MOST_BATCH // largest)
-    if batch_size > fitting:
-        print(f"{printable(str(where))}: batches of {fitting} instead of {batch_size}, as it was made elsewhere; "
-              "batch_size= takes others", file=sys.stderr)  # fmt: skip
-    return min(batch_size, fitting)
+    return largest
 
 
 def _kernels(entry: Any) -> Iterator[int]:

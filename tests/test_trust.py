@@ -293,6 +293,7 @@ HOSTILE_PICKLES = {
     "an empty stack": b"\x80\x020.",
     "no end": b"\x80\x02}",
     "a set": b"\x80\x04\x8f.",
+    "a key that is hashed for ever": b"\x80\x02})" + b"".join(b"q%ch%c\x86" % (n, n) for n in range(40)) + b"K\x01s.",
 }
 
 
@@ -394,3 +395,185 @@ def test_whatever_torch_saves_as_plain_data_comes_back() -> None:
         if isinstance(tensor, torch.Tensor):
             assert torch.equal(found[name], tensor) and found[name].stride() == tensor.stride(), name
             assert found[name].dtype == tensor.dtype and found[name].storage_offset() == tensor.storage_offset()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What stands for more than it holds
+
+
+def test_what_is_shared_counts_as_often_as_it_is_met(tmp_path: Path) -> None:
+    storage = torch.zeros(1000, 1000)
+    text = "x" * (1 << 20)
+    asked = {
+        "a name of many parts": small(model={"module." * 200_000 + "a": storage}),
+        "one text a hundred times": small(config__texts=[text] * 100),
+        "one storage a hundred times": small(model={f"a{n}": storage for n in range(100)}),
+        "40,000 tensors": small(model={f"a{n}": storage[0, :1] for n in range(40_000)}),
+    }
+    for name, content in asked.items():
+        torch.save(content, tmp_path / "evil.pt")
+        assert len(refused(tmp_path / "evil.pt")) < 600, name
+
+
+def test_names_in_a_pickle_are_cut(tmp_path: Path) -> None:
+    long = b"X" + (10**6).to_bytes(4, "little") + b"a" * 10**6
+    with_pickle(tmp_path / "evil.pt", b"\x80\x04}" + long + b"\x94" + long + b"\x93" + b"0h\x00h\x00\x930" * 500 + b".")
+    assert len(refused(tmp_path / "evil.pt")) < 600
+
+
+def test_a_table_of_contents_is_bounded_wherever_its_size_stands(tmp_path: Path) -> None:
+    """Python reads the record for large archives wherever its locator stands, whatever the ordinary record says."""
+    path = tmp_path / "evil.pt"
+    with_pickle(path, pickle.dumps({}, protocol=2), more=70_000)  # more than the ordinary record can count
+    content = bytearray(path.read_bytes())
+    end = content.rfind(b"PK\x05\x06")
+    assert content[end - 20 : end - 16] == b"PK\x06\x07"
+    content[end + 12 : end + 16] = (100).to_bytes(4, "little")
+    path.write_bytes(content)
+    assert "table of contents" in refused(path)
+
+
+def test_a_stranger_does_not_choose_how_much_memory_a_batch_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    config = small(config__batch_size=4096)["config"]
+    asked = trust.evaluation_of(config, [3, 256, 256], Path("a.pt"), None, ours=False)
+    assert asked["batch_size"] == (1 << 24) // (3 * 256 * 256) == 85 and "85 instead of 4096" in capsys.readouterr().err
+    assert trust.evaluation_of(config, [3, 256, 256], Path("a.pt"), 4096, ours=False)["batch_size"] == 4096  # typed
+    assert trust.evaluation_of(config, [3, 256, 256], Path("a.pt"), None, ours=True)["batch_size"] == 4096
+    config["dataset"]["eval_transforms"] = [
+        {"Resize": {"size": [4000, 4000]}},
+        *[{"GaussianBlur": {"kernel_size": 63}}] * 3,
+        {"Resize": {"size": [8, 8]}},
+    ]
+    with pytest.raises(RequestError, match="long at work"):
+        trust.evaluation_of(config, [3, 8, 8], Path("a.pt"), 1, ours=False)
+
+
+def test_a_confusion_matrix_of_a_stranger_is_bounded(call: Call, tmp_path: Path) -> None:
+    classes = [str(number) for number in range(3000)]
+    torch.save(small(classes=classes), tmp_path / "evil.pt")
+    assert "3,000 classes" in call("evaluate", "checkpoint=evil.pt").error
+
+
+def test_numbers_and_tables_of_a_run_are_bounded(call: Call, tmp_path: Path) -> None:
+    assert call("train", "name=good", *QUICK).code == 0
+    file = tmp_path / "checkpoints" / "good" / ".hydra" / "config.yaml"
+    text = file.read_text()
+    for number in ("0x" + "f" * 10_000, "1:" * 10_000 + "1", "9" * 10_000, "-" + "1" * 5000):
+        other = shutil.copytree(tmp_path / "checkpoints" / "good", tmp_path / "checkpoints" / "odd")
+        (other / ".hydra" / "config.yaml").write_text(text.replace("seed: 0", f"seed: {number}"))
+        answer = call("evaluate", "--runs")
+        assert answer.code == 0 and "damaged" in answer.out and "good" in answer.out and len(answer.out) < 3000
+        assert "digits" in call("train", f"resume={other}", "epochs=2").error
+        shutil.rmtree(other)
+    other = shutil.copytree(tmp_path / "checkpoints" / "good", tmp_path / "checkpoints" / "long")
+    (other / "metrics.csv").write_text("epoch\n" + "1\n" * 200_000)
+    answer = call("evaluate", "--runs")
+    assert answer.code == 0 and "damaged" in answer.out and "good" in answer.out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Folders of a sweep, and of caches
+
+
+def test_links_in_a_sweep_do_not_lead_writing_elsewhere(call: Call, tmp_path: Path) -> None:
+    arguments = ["-m", "name=s", "seed=0,1", *QUICK]
+    outside = tmp_path / "outside"
+    outside.write_text("mine")
+    sweep = tmp_path / "checkpoints" / "s"
+    for name in ("multirun.yaml", "jobs.jsonl", "sweep.csv", "sweep.png"):
+        sweep.mkdir(parents=True)
+        (sweep / "sweep.json").write_text("{}")
+        (sweep / name).symlink_to(outside)
+        assert "is a link" in call("train", *arguments).error and outside.read_text() == "mine", name
+        shutil.rmtree(sweep)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "sweep.json").write_text("{}")
+    sweep.symlink_to(elsewhere)
+    assert "is taken" in call("train", *arguments).error and [path.name for path in elsewhere.iterdir()] == [
+        "sweep.json"
+    ]
+
+
+def test_a_run_with_links_is_not_gone_on_with_by_a_sweep(call: Call, tmp_path: Path) -> None:
+    arguments = ["-m", "name=s", "seed=0,1", *QUICK]
+    assert call("train", *arguments).code == 0
+    sweep, outside = tmp_path / "checkpoints" / "s", tmp_path / "outside"
+    outside.write_text("mine")
+    run = next(path for path in sorted(sweep.iterdir()) if path.is_dir())
+    (run / "summary.json").unlink()
+    journal = (sweep / "jobs.jsonl").read_text().splitlines()
+    (sweep / "jobs.jsonl").write_text("\n".join(line for line in journal if '"finished"' not in line) + "\n")
+    for name in (".lock", "train.log"):
+        (run / name).unlink()
+        (run / name).symlink_to(outside)
+    answer = call("train", *arguments)
+    assert answer.code == 0 and outside.read_text() == "mine", answer.err
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The state of a run that goes on
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"data": None},
+        {"environment": ["x"]},
+        {"progress.epoch": -(10**9)},
+        {"progress.epoch": 7},
+        {"progress.batch": -3},
+        {"progress.history": [{"evil": 1}]},
+        {"progress.history": ["x"]},
+        {"progress.best": {"val_accuracy": "y"}},
+        {"progress.lr": float("nan")},
+        {"scheduler.steps": "many"},
+        {"tally.losses": torch.zeros(3)},
+        {"optimizer.state.0.momentum_buffer": torch.zeros(7)},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_a_state_that_no_run_writes_is_refused(
+    call: Call, tmp_path: Path, changes: dict[str, Any], honest_run: Callable[[], Path]
+) -> None:
+    directory = honest_run()
+    saved = torch.load(directory / "last.pt", weights_only=True)
+    for name, value in changes.items():
+        *path, last = (int(key) if key.isdigit() else key for key in name.split("."))
+        target = saved
+        for key in path:
+            target = target[key]
+        target[last] = value
+    torch.save(saved, directory / "last.pt")
+    assert "holds no run that can go on" in call("train", "resume=checkpoints/honest", "epochs=2").error
+
+
+def test_what_a_state_says_of_its_machine_forges_no_line(call: Call, honest_run: Callable[[], Path]) -> None:
+    directory = honest_run()
+    saved = torch.load(directory / "last.pt", weights_only=True)
+    saved["environment"]["python"] = "\nforged line\n" + "x" * 10_000
+    torch.save(saved, directory / "last.pt")
+    answer = call("train", "resume=checkpoints/honest", "epochs=2")
+    assert answer.code == 0 and not any(line.startswith("forged") for line in answer.out.splitlines())
+    assert max(map(len, answer.out.splitlines())) < 500
+
+
+@pytest.fixture
+def honest_run(call: Call, tmp_path: Path, made_once: Path) -> Callable[[], Path]:
+    """Puts a run of one epoch into checkpoints/honest; it is trained for the first test only."""
+
+    def put() -> Path:
+        directory = tmp_path / "checkpoints" / "honest"
+        if not (made_once / "honest").exists():
+            assert call("train", "name=honest", *QUICK).code == 0
+            shutil.copytree(directory, made_once / "honest")
+        else:
+            shutil.copytree(made_once / "honest", directory)
+        return directory
+
+    return put
+
+
+@pytest.fixture(scope="module")
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("made-once")
