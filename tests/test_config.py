@@ -19,6 +19,7 @@ from conftest import ROOT, Call
 from engine import cli, config, terminal
 from engine.cli import setting_rows
 from engine.config import Setting, group_options
+from engine.typed import as_meant
 
 WRONG_REQUESTS = [  # what is typed, what the answer has to hold
     # Unknown options and settings, with the nearest valid ones.
@@ -506,3 +507,28 @@ def test_real_processes_answer_before_torch_is_imported(process: Call, tmp_path:
     completion = process("train", "-sc", "query=bash", COMP_LINE=line, COMP_POINT=str(len(line)), **path)
     assert completion.out.split() == ["model=mlp"]
     assert [p.name for p in tmp_path.iterdir()] == ["trap"]
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("[RandomCrop: {size: 8}]", "[{RandomCrop: {size: 8}}]"),  # as a YAML file has it
+        ("[Resize:{size:8}]", "[{Resize: {size: 8}}]"),
+        (
+            "[RandomHorizontalFlip, Normalize: {mean: [0.5], std: [0.25]}]",
+            "[RandomHorizontalFlip, {Normalize: {mean: [0.5], std: [0.25]}}]",
+        ),
+        ("[{RandomCrop: {size: 8}}]", "[{RandomCrop: {size: 8}}]"),
+        ("[]", "[]"),
+        ("[RandomHorizontalFlip]", "[RandomHorizontalFlip]"),
+    ],
+)
+def test_a_list_of_transforms_is_typed_as_a_yaml_file_has_it(typed: str, meant: str) -> None:
+    name = "dataset.train_transforms="
+    assert as_meant("train", [name + typed], list, {}) == [name + meant]
+
+
+def test_an_option_that_is_not_there_says_where_others_go(call: Call) -> None:
+    assert call("train", "criterion=mse").error.endswith("another one is a YAML file in configs/criterion/")
+    assert call("train", "dataset=../flat").error.startswith("dataset=../flat: no such dataset")
+    assert call("train", "model=NaN").error.startswith("model has to be one of")
