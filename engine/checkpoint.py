@@ -113,7 +113,7 @@ def _check_data(value: Any, size: int) -> None:
 
 
 def _check_checkpoint(found: dict[str, Any]) -> None:
-    state = found["model"]
+    state = found.get("model")
     if not isinstance(state, dict) or not state:
         raise ValueError("it holds no weights")
     for name, tensor in state.items():

@@ -370,7 +370,10 @@ def check_folder(folder: Path) -> None:
         ValueError: it holds a link, by which writing there would write elsewhere, a FIFO or a device.
     """
     for entry in os.scandir(folder):
-        kind = entry.stat(follow_symlinks=False).st_mode
+        try:
+            kind = entry.stat(follow_symlinks=False).st_mode
+        except FileNotFoundError:  # a running program has just put it in the place of another
+            continue
         if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)) or (entry.name == ".hydra" and stat.S_ISREG(kind)):
             raise ValueError(f"{printable(entry.name)} is a link or no file; put the file itself there")
 

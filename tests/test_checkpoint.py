@@ -179,6 +179,7 @@ def hostile(mark: str) -> dict[str, Any]:
         "a model of text": small(model="weights"),
         "weights by number": small(model={0: torch.ones(1)}),
         "another format": small(format=99),
+        "no weights": {key: value for key, value in small().items() if key != "model"},
         "deep nesting": small(config__deep=nested(100)),
         "an infinite learning": small(config__model={"_target_": "models.mlp.MLP", "hidden": [float("inf")]}),
     }
