@@ -367,7 +367,7 @@ def help_text(entry: str, directories: Sequence[Path] = (CONFIGS,), arguments: S
     about, _, examples = "\n".join(line.removeprefix("#").strip() for line in head.splitlines()).partition("Examples:")
     defaults = default_choices(file)
     available = group_options(directories)
-    chosen = dict(a.split("=", 1) for a in arguments if a.partition("=")[0] in defaults)
+    chosen = dict(a.split("=", 1) for a in arguments if "=" in a and a.partition("=")[0] in defaults)
     for group, option in chosen.items():
         if option not in available[group]:
             raise RequestError(no_such_option(group, option, available[group]))

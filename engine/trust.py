@@ -126,7 +126,8 @@ def choices(chosen: Any, where: Path, directories: Sequence[Path] = (CONFIGS,)) 
     for group, option in chosen.items() if isinstance(chosen, dict) else [("its choices", chosen)]:
         several = option if isinstance(option, list) and group == "logger" else [option]
         for name in several:
-            if group not in known or not (name is None or (isinstance(name, str) and name in known[group])):
+            none = option is None  # of the group; a list has no such member
+            if group not in known or not (none or (isinstance(name, str) and name in known[group])):
                 raise RequestError(
                     f"{where}: it names {_brief(group)}={_brief(option)}, which configs/ does not have; "
                     "put its YAML there, or name another on the command line"

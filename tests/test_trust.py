@@ -102,6 +102,7 @@ NO_OPTIONS: list[dict[str, Any]] = [
     {"model": "mlp,cnn"},
     {"logger": ["csv", "../csv"]},
     {"logger": [["csv"]]},
+    {"logger": ["csv", None]},
     {"optimizer": {"a": 1}},
     {"model": 7},
 ]
