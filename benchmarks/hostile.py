@@ -336,8 +336,9 @@ def wrong(answer: Answer, watch: Watch, mark: Path) -> list[str]:
             found.append("a control character is printed")
         if any(len(line) > LINE for line in text.splitlines()):
             found.append(f"a line of {max(map(len, text.splitlines()))} characters")
-    if answer.code == 2 and answer.err.count("\n") > 3 and "1 job failed" not in answer.err:
-        found.append(f"{answer.err.count(chr(10))} lines for a wrong request")
+    errors = [line for line in answer.err.splitlines() if not line.startswith("not predicted: ")]  # a line a file
+    if answer.code == 2 and len(errors) > 3 and "1 job failed" not in answer.err:
+        found.append(f"{len(errors)} lines for a wrong request")
     if answer.seconds > SECONDS:
         found.append(f"{answer.seconds:.1f} s")
     if answer.memory > MEMORY:
