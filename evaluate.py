@@ -134,6 +134,8 @@ def settings_for(saved: dict[str, Any], config: dict[str, Any], path: Path) -> d
             data = {key: value for key, value in own["dataset"].items() if key not in ONLY_FOR_TRAINING}
             _, dataset = trust.settings_of("dataset", own | {"dataset": data}, path, ours=ours, typed=dataset)
         choices = {**own["choices"], **{group: option for group, option in choices.items() if option}}
+    if dataset.get("cache"):
+        print("dataset.cache=true: not used here, as evaluating writes nothing but its results")
     dataset = {**dataset, "target_transform": None, "cache": False}
     how = {"seed": how["seed"], "batch_size": how["batch_size"], "limit_batches": None}  # the whole split
     return {**config, "dataset": dataset, "choices": choices, **how}

@@ -200,6 +200,8 @@ def test_paths_are_taken_from_a_checkpoint_that_was_made_here_only(call: Call, t
     folder = ["dataset=image_folder", "dataset.root=photos", "epochs=1", "num_workers=0", "model.hidden=[3]"]
     assert call("train", "name=mine", *folder).code == 0
     assert call("evaluate").code == 0  # as typed when it was trained
+    said = call("evaluate", "dataset.cache=true")
+    assert said.code == 0 and "dataset.cache=true: not used" in said.out and not (tmp_path / "data").exists()
     assert call("train", "resume=latest", "epochs=2").code == 0
     saved = torch.load(tmp_path / "checkpoints/mine/best.pt", weights_only=True)
     saved["config"]["seed"] = 7
