@@ -37,7 +37,7 @@ from engine.config import (
     no_such_setting,
     read_settings,
 )
-from engine.errors import RequestError, RunError, one_line, printable, shortened
+from engine.errors import RequestError, RunError, interrupt_behind, one_line, printable, shortened
 
 # After a parallel operation torch's threads (GNU OpenMP's) keep their cores busy for some 10 ms, waiting for the next.
 # That is time taken from the workers that read images. A thirtieth of it bridges the gaps within a training step.
@@ -156,6 +156,9 @@ def _split(entry: str, arguments: list[str], directories: list[Path]) -> tuple[a
 
 def _told(error: Exception, arguments: list[str], entry: str) -> int:
     """Say in one line what Hydra or one of its plugins raised, and with which exit code to leave."""
+    if code := interrupt_behind(error):
+        print("error: interrupted", file=sys.stderr)
+        return code
     if sweep.has_started():
         if isinstance(error, ValueError) and sweep.has_failures():
             return 0  # Optuna, which finds no best trial where all have failed; those were told
@@ -233,6 +236,8 @@ def _job(config: DictConfig) -> Any:
     except Exception as error:
         if terminal.is_cut_off(error):
             sys.exit(0)  # until it is released
+        if code := interrupt_behind(error):
+            fail(RunError("interrupted"), code)
         traceback.print_exc()  # our own bug: the whole traceback
         sys.exit(1)
 

@@ -62,6 +62,20 @@ def out_of_memory(error: BaseException, batch_size: int) -> str | None:
     return f"out of memory with batch_size={batch_size}; {half}"
 
 
+def interrupt_behind(error: BaseException | None) -> int | None:
+    """The exit code of the Ctrl-C or SIGTERM that an exception hides, or None.
+
+    OmegaConf, interrupted while it composes a configuration, raises errors of its own on the way out.
+    """
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt):
+            return 130
+        if isinstance(error, SystemExit) and error.code == 143:
+            return 143
+        error = error.__cause__ or error.__context__
+    return None
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """` (did you mean x or y?)` with the nearest of `known`, or an empty string when nothing is near."""
     names = {_plain(k): k for k in known}

@@ -43,7 +43,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from engine import compare, files, runs, terminal, trust
-from engine.errors import Interrupted, RequestError, RunError, one_line, printable
+from engine.errors import Interrupted, RequestError, RunError, interrupt_behind, one_line, printable
 
 INSTALL = "pip install '.[sweep]'"
 UNIMPORTANT = (*compare.NOT_COMPARED, "name", "resume", "resume_changed", "checkpoint", "device", "num_workers")
@@ -336,17 +336,16 @@ def run_job(
         _record(directory, record, state="stopped", reason=one_line(error))
         _report(record, one_line(error))
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        _record(directory, record, state="stopped", reason="interrupted")
-        sys.exit(130)
-    except RunError as error:
-        _record(directory, record, state="failed", reason=one_line(error), exit_code=error.exit_code)
-        _report(record, one_line(error, 1500))
-        return None
-    except Exception as error:  # our own bug: the whole traceback
-        traceback.print_exc()
-        _record(directory, record, state="failed", reason=f"{type(error).__name__}: {one_line(error)}", exit_code=1)
-        _report(record, f"{type(error).__name__}: {one_line(error)}")
+    except (Exception, KeyboardInterrupt) as error:
+        if code := interrupt_behind(error):
+            _record(directory, record, state="stopped", reason="interrupted")
+            sys.exit(code)
+        kind = "" if isinstance(error, RunError) else f"{type(error).__name__}: "
+        if kind:  # our own bug: the whole traceback
+            traceback.print_exc()
+        code = getattr(error, "exit_code", 1)
+        _record(directory, record, state="failed", reason=kind + one_line(error), exit_code=code)
+        _report(record, kind + one_line(error, 1500))
         return None
     finally:
         terminal.label = ""

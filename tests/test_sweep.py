@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from conftest import ROOT, Call
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 
 from engine import compare, sweep
 from engine.errors import RunError
@@ -237,6 +238,30 @@ def test_a_stopped_sweep_shows_what_it_has_and_how_to_go_on(tmp_path: Path) -> N
     assert code == 130, out
     assert "the rest with: python" in out and "name=s" in out
     assert (tmp_path / "checkpoints" / "s" / "sweep.csv").is_file()
+
+
+@pytest.mark.parametrize("place", ["omegaconf.listconfig.ListConfig.append", "omegaconf.nodes.AnyNode._set_value"])
+def test_ctrl_c_between_two_jobs_is_no_failure(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    # Interrupted while it composes, OmegaConf looks up attributes of half-made nodes and raises errors of its own.
+    compose, sweep_directory = ConfigLoaderImpl._load_configuration_impl, tmp_path / "checkpoints" / "s"
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    def composed(*arguments: Any, **named: Any) -> Any:
+        if (sweep_directory / "jobs.jsonl").exists() and ended(sweep_directory):
+            with monkeypatch.context() as now:
+                now.setattr(place, interrupted)
+                return compose(*arguments, **named)
+        return compose(*arguments, **named)
+
+    monkeypatch.setattr(ConfigLoaderImpl, "_load_configuration_impl", composed)
+    answer = call("train", "-m", "name=s", "seed=0,1", *SMALL)
+    assert answer.code == 130 and "ConfigComposition" not in answer.err, answer.err
+    assert [record["state"] for record in ended(sweep_directory)] == ["finished"]
+    assert "the rest with: python" in answer.err
 
 
 # ---------------------------------------------------------------------------------------------------------------------
