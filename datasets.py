@@ -8,69 +8,30 @@ validation part, `limit`, transforms, batches) is done elsewhere: adding one is 
 
 from __future__ import annotations
 
-from engine.cli import launch
-
 if __name__ == "__main__":
+    from engine.command.cli import launch
+
     launch("datasets")  # answers help, completion and typos, and only then imports torch and calls main() below
 
-import gzip
-import io
-import math
-import os
-import pickle
-import pickletools
-import shutil
-import socket
-import tempfile
-import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from engine.annotations import check_labels, count_classes, is_number, labels_of, read_annotations
-from engine.errors import RequestError, one_line, printable
-from engine.files import open_regular, read_bytes
-from engine.folders import Walk, class_folders, compare_classes, one_class, part_folders, some
-from engine.images import MAX_PIXELS, read_image, shown
-from engine.shares import hold_out
-
-Part = tuple[Tensor, Tensor] | Dataset  # (images uint8 [n, channels, height, width], labels int64 [n]), or any Dataset
-
-
-@dataclass(frozen=True)
-class ImageData:
-    """Samples for training and for the final test, and what their labels mean.
-
-    Attributes:
-        train, test: `(images, labels)` in memory, uint8 `[n, channels, height, width]` and int64 `[n]`; or a
-            `torch.utils.data.Dataset` of `(image, label)`, its images uint8 `[channels, height, width]` (or float, 0 to
-            1), its labels class indices or probabilities `[num_classes]`. The labels of a map-style one are in
-            `.targets` where they can be had without reading the samples; validation is then held out class by class.
-        classes: the class names; label `i` means `classes[i]`.
-            A name stands for one class, and there are at least two of them.
-        sampler: for an order of training samples other than a shuffle: called every epoch with the indices of the
-            training samples (int64 `[n]`, without those held out for validation), returns a `torch` Sampler or any
-            iterable with a length, of places in that list: `lambda i: WeightedRandomSampler(weights[i], 1000)`.
-        val: samples for validation; None has a share of `train` held out, `dataset.val_fraction`.
-    """
-
-    train: Part
-    test: Part
-    classes: Sequence[str]
-    sampler: Callable[[Tensor], Iterable[int]] | None = None
-    val: Part | None = None
+from engine.data.annotations import check_labels, count_classes, is_number, labels_of, read_annotations
+from engine.data.download import download
+from engine.data.folders import Walk, class_folders, compare_classes, one_class, part_folders, some
+from engine.data.formats import PickledBytes, read_idx, read_pickle
+from engine.data.images import ImageData, ImageFiles, shown
+from engine.data.splits import hold_out
+from engine.errors import RequestError, printable
 
 
 def main(config: dict[str, Any]) -> None:
     """Show a data set: `python datasets.py dataset=fashion_mnist`."""
-    from engine.samples import show  # it imports the loader, which imports this module
+    from engine.pictures.samples import show  # what only a picture needs
 
     show(config)
 
@@ -128,7 +89,7 @@ def _mnist_family(name: str, root: str, classes: list[str], also: Path | None = 
     source = next((d for d in (folder, also) if d is not None and complete(d)), None)
     if source is None:
         layout = f"{folder}/ with {', '.join(files)} (also as .gz)"
-        _download(name, root, layout)
+        download(name, root, layout)
         source = folder
     by_name = {path.name.removesuffix(".gz"): path for path in reversed(find(source))}
     train_images, train_labels, test_images, test_labels = (read_idx(by_name[file]) for file in files)
@@ -138,42 +99,6 @@ def _mnist_family(name: str, root: str, classes: list[str], also: Path | None = 
     return ImageData(
         (train_images.unsqueeze(1), train_labels.long()), (test_images.unsqueeze(1), test_labels.long()), classes
     )
-
-
-MOST_BYTES = 1 << 29  # of images in an IDX file; the largest of these data sets has 47 million
-
-
-def read_idx(path: Path) -> Tensor:
-    """An IDX file of bytes, plain or gzipped, as a uint8 tensor of the shape in its header.
-
-    Format: the end of http://yann.lecun.com/exdb/mnist/ (magic 0 0 8 ndim, then ndim big-endian sizes, then the data).
-    Not more is read, or decompressed, than the header says.
-
-    Raises:
-        RequestError: the file is damaged or of another format.
-    """
-    remedy = "delete it and run again" if path.is_relative_to(Path.cwd()) or not path.is_absolute() else "replace it"
-    try:
-        with open_regular(path) as raw, gzip.open(raw) if path.suffix == ".gz" else raw as file:
-            magic = file.read(4)
-            dimensions = magic[3] if len(magic) == 4 else 0
-            sizes = file.read(4 * dimensions)
-            if magic[:3] != b"\0\0\x08" or not 1 <= dimensions <= 4 or len(sizes) < 4 * dimensions:
-                raise RequestError(f"{shown(path)}: not an IDX file of bytes; {remedy}")
-            shape = [int.from_bytes(sizes[i : i + 4], "big") for i in range(0, len(sizes), 4)]
-            count = math.prod(shape)
-            if count > MOST_BYTES:
-                raise RequestError(f"{shown(path)}: its header says shape {shape}, {count:,} bytes; {remedy}")
-            data = bytearray(file.read(count))
-            more = file.read(1)  # also makes gzip compare its checksum
-    except (OSError, EOFError, zlib.error) as error:
-        raise RequestError(f"{shown(path)}: cannot be read ({one_line(error)}); {remedy}") from None
-    if len(data) != count or more:
-        found = f"found {'more' if more else len(data)}"
-        raise RequestError(
-            f"{shown(path)}: damaged: expected {count} bytes of data for shape {shape}, {found}; {remedy}"
-        )
-    return torch.frombuffer(data, dtype=torch.uint8).view(shape) if data else torch.zeros(shape, dtype=torch.uint8)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -196,13 +121,13 @@ def _cifar(name: str, root: str, folder: str, train: list[str], test: str, key: 
     directory = Path(root) / folder
     meta = "batches.meta" if name == "CIFAR10" else "meta"
     if not all((directory / file).is_file() for file in [*train, test, meta]):
-        _download(name, root, f"{directory}/ with {', '.join([*train, test, meta])}")
+        download(name, root, f"{directory}/ with {', '.join([*train, test, meta])}")
 
     def read(file: str) -> tuple[Tensor, Tensor]:
-        batch = _read_pickle(directory / file)
+        batch = read_pickle(directory / file)
         images: Any = batch.get("data")
         labels: Any = batch.get(key)
-        if not isinstance(images, _Bytes) or len(images.content) % 3072 or not _is_list_of(int, labels):
+        if not isinstance(images, PickledBytes) or len(images.content) % 3072 or not _is_list_of(int, labels):
             raise RequestError(
                 f"{shown(directory / file)}: not a CIFAR batch; expected data, bytes [n, 3072], and {key}, a list of "
                 "numbers; delete it and run again"
@@ -217,7 +142,7 @@ def _cifar(name: str, root: str, folder: str, train: list[str], test: str, key: 
         return pixels.view(-1, 3, 32, 32), torch.tensor(labels, dtype=torch.int64)
 
     parts = [read(file) for file in train]
-    names: Any = _read_pickle(directory / meta).get("label_names" if name == "CIFAR10" else "fine_label_names")
+    names: Any = read_pickle(directory / meta).get("label_names" if name == "CIFAR10" else "fine_label_names")
     if not _is_list_of(str, names):
         raise RequestError(f"{shown(directory / meta)}: names no classes; delete it and run again")
     images, labels = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
@@ -226,154 +151,6 @@ def _cifar(name: str, root: str, folder: str, train: list[str], test: str, key: 
 
 def _is_list_of(kind: type, found: Any) -> bool:
     return isinstance(found, list) and all(type(entry) is kind for entry in found)
-
-
-class _Bytes:
-    """Stands for an array of NumPy, and for its type, while a pickle is read: the bytes, and nothing made of them."""
-
-    content = b""
-
-    def __init__(self, *arguments: Any) -> None:
-        pass
-
-    def __setstate__(self, state: Any) -> None:
-        """(version, shape, type, whether in Fortran's order, bytes) of an array; of a type something else."""
-        if isinstance(state, tuple) and len(state) == 5:
-            content = state[4].encode("latin1") if isinstance(state[4], str) else state[4]
-            if isinstance(content, bytes) and state[3] is not True:
-                self.content = content
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    """CIFAR comes as pickles, and a pickle can name anything; this one knows bytes that were an array, nothing else."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in {("numpy", "ndarray"), ("numpy", "dtype")}:
-            return _Bytes
-        if module in {"numpy.core.multiarray", "numpy._core.multiarray"} and name == "_reconstruct":
-            return _Bytes
-        if (module, name) == ("_codecs", "encode"):
-            return lambda text, encoding: text.encode("latin1")
-        raise pickle.UnpicklingError(f"it names {module}.{name}, which no CIFAR file does")
-
-
-MOST_PICKLED = 1 << 28  # bytes of a pickle; CIFAR-100's training images are 155 MB
-MOST_STEPS = 1_000_000  # of a pickle, each of which may make an object; CIFAR-100 takes 200,000
-
-
-def _read_pickle(path: Path) -> dict[str, Any]:
-    try:
-        content = read_bytes(path, MOST_PICKLED)
-        for step, (code, argument, _) in enumerate(pickletools.genops(content)):
-            # The memo is made as long as the highest number asked for.
-            if step > MOST_STEPS or (code.name.endswith("PUT") and int(argument or 0) > MOST_STEPS):
-                raise ValueError(f"more than {MOST_STEPS:,} steps")
-        found = _ArrayUnpickler(io.BytesIO(content), encoding="latin1").load()
-    except Exception as error:  # a damaged pickle can raise nearly anything
-        raise RequestError(f"{shown(path)}: cannot be read ({one_line(error)}); delete it and run again") from None
-    if not isinstance(found, dict):
-        raise RequestError(f"{shown(path)}: not a CIFAR file; delete it and run again")
-    return found
-
-
-_may_download = True
-
-
-@contextmanager
-def no_downloads() -> Iterator[None]:
-    """Within it data that is not there is an error: evaluating and predicting fetch nothing."""
-    global _may_download
-    before, _may_download = _may_download, False
-    try:
-        yield
-    finally:
-        _may_download = before
-
-
-def _download(name: str, root: str, layout: str) -> None:
-    """Fetch a data set with torchvision, which shows a progress bar and checks what arrives.
-
-    It arrives in a folder of its own and is moved to `root` once it is whole: a download that fails leaves nothing.
-    """
-    if not _may_download:
-        option = "fashion_mnist" if name == "FashionMNIST" else name.lower()
-        raise RequestError(
-            f"{name} is not in {root!r}, expected {layout}; set dataset.root, "
-            f"or fetch it: python datasets.py dataset={option} dataset.root={root}"
-        )
-    from torchvision import datasets as torchvision_datasets  # takes a second to import, and is rarely needed
-
-    fetch: Callable[..., Any] = getattr(torchvision_datasets, name)
-    tried = ", ".join(getattr(fetch, "mirrors", None) or [getattr(fetch, "url", "its host")])
-    print(f"{name} is not in {root!r}: downloading it from {tried}", flush=True)
-    made = [folder for folder in (Path(root), *Path(root).parents) if not folder.exists()]
-    patience = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(30)  # seconds without an answer; the default is to wait for ever
-    try:
-        Path(root).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=root, prefix=".download-") as arriving:
-            fetch(arriving, download=True)
-            shutil.copytree(arriving, root, dirs_exist_ok=True, copy_function=os.replace)
-    except (OSError, RuntimeError) as error:
-        cause = one_line(error, 2000).rpartition("got: ")[2]
-        raise RequestError(
-            f"{name} is not there and cannot be downloaded (tried {tried}: {cause}); "
-            f"put the files into {layout}, set dataset.root, or take dataset=digits, which needs nothing"
-        ) from None
-    finally:
-        socket.setdefaulttimeout(patience)
-        for folder in made:
-            with suppress(OSError):  # not empty: the data is there
-                folder.rmdir()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Image files
-
-
-class ImageFiles(Dataset):
-    """Image files and their labels.
-
-    Args:
-        paths: one a sample.
-        labels: class indices, as many.
-        channels: 1 for grey, 3 for RGB.
-        max_pixels: width times height allowed.
-        name: tells parts of the same folder apart, for their caches.
-        no_files: those of the paths that are known to lead to no regular file.
-
-    Attributes:
-        targets: int64 `[n]`, the labels.
-    """
-
-    def __init__(
-        self,
-        paths: Sequence[str],
-        labels: Sequence[int],
-        channels: int = 3,
-        max_pixels: int = MAX_PIXELS,
-        name: str = "",
-        no_files: Collection[str] = (),
-    ) -> None:
-        self.paths = np.array(paths, dtype=np.str_)  # one block: workers that touch no Python object copy no memory
-        self.targets = torch.tensor(labels, dtype=torch.int64)
-        self.channels, self.max_pixels, self.name, self.no_files = channels, max_pixels, name, no_files
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.read(index), int(self.targets[index])
-
-    def read(self, index: int, at_least: tuple[int, int] | None = None) -> Tensor:
-        """The image alone; `at_least` as in `read_image`."""
-        return read_image(str(self.paths[index]), self.channels, self.max_pixels, at_least)
-
-    def part(self, chosen: Tensor, name: str) -> ImageFiles:
-        """The samples of a mask, in their order."""
-        rows = chosen.nonzero().flatten()
-        paths, labels = self.paths[rows.numpy()].tolist(), self.targets[rows].tolist()
-        return ImageFiles(paths, labels, self.channels, self.max_pixels, name, self.no_files)
 
 
 def image_folder(root: str, test_fraction: float, channels: int, max_pixels: int) -> ImageData:

@@ -1,6 +1,6 @@
 """Evaluate a checkpoint: `python evaluate.py checkpoint=checkpoints/latest/best.pt`; see `--help` and README.md."""
 
-from engine.cli import launch
+from engine.command.cli import launch
 
 if __name__ == "__main__":
     launch("evaluate")  # answers help, completion and typos, and only then imports torch and calls main() below
@@ -16,13 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from datasets import no_downloads
-from engine import checkpoint, files, report, runs, trust
+from engine import files
+from engine.data.batches import Batches
+from engine.data.devices import choose_device
+from engine.data.download import no_downloads
+from engine.data.splits import Split, load_splits
+from engine.data.transforms import parse_transforms
 from engine.errors import RequestError, RunError, printable, shortened
-from engine.loader import Batches, Split, choose_device, load_splits, parse_transforms
-from engine.metrics import Mistakes, accuracy, evaluate, per_class
-from engine.progress import counted
+from engine.pictures import report
+from engine.run import checkpoint, runs, trust
 from engine.terminal import watched
+from engine.training.display import counted
+from engine.training.metrics import Mistakes, accuracy, evaluate, per_class
 
 # Settings of a data set that evaluating has no use for: names that are imported, and files that are written.
 ONLY_FOR_TRAINING = ("target_transform", "train_transforms", "cache", "cache_dir", "skip_unreadable")

@@ -3,7 +3,7 @@
 Predictions go to standard output, a line an image; all else (progress, what could not be read) to standard error.
 """
 
-from engine.cli import launch
+from engine.command.cli import launch
 
 if __name__ == "__main__":
     launch("predict")  # answers help, completion and typos, and only then imports torch and calls main() below
@@ -26,14 +26,20 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from datasets import MAX_PIXELS, no_downloads, read_image
-from engine import checkpoint, files, runs, trust
-from engine.augment import Draws, Normalize, PerImage, Resize, apply, own_randomness, resized_to, to_float
+from engine import files
+from engine.data.augment import Normalize, Resize, to_float
+from engine.data.batches import Batches
+from engine.data.devices import choose_device
+from engine.data.download import no_downloads
+from engine.data.draws import Draws, own_randomness
+from engine.data.folders import is_leftover
+from engine.data.images import MAX_PIXELS, read_image
+from engine.data.splits import load_splits
+from engine.data.transforms import PerImage, apply, parse_transforms, resized_to
 from engine.errors import RequestError, RunError, one_line, printable, shortened
-from engine.folders import is_leftover
-from engine.loader import Batches, choose_device, load_splits, parse_transforms
-from engine.progress import counted
+from engine.run import checkpoint, runs, trust
 from engine.terminal import watched
+from engine.training.display import counted
 
 Ranked = list[tuple[str, float]]  # classes with their probabilities, the likeliest first
 WIDEST = 60  # characters of a column

@@ -3,7 +3,7 @@
 From top to bottom: main() sets up and runs the epochs, train_epoch() is the loop over the batches.
 """
 
-from engine.cli import launch
+from engine.command.cli import launch
 
 if __name__ == "__main__":
     launch("train")  # answers help, completion and typos, and only then imports torch and calls main() below
@@ -19,18 +19,22 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from engine import checkpoint, files, report, runs, trust
+from engine import files
 from engine.config import build
+from engine.data.batches import Batches
+from engine.data.devices import choose_device
+from engine.data.splits import fingerprint, load_splits
 from engine.errors import RequestError
-from engine.loader import Batches, choose_device, fingerprint, load_splits
-from engine.metrics import Tally, accuracy, evaluate, loss_name
-from engine.progress import Bar, epoch_line
-from engine.runs import log
-from engine.saver import Progress, RandomStates, Saver
-from engine.schedules import build_schedule
-from engine.terminal import watched
-from engine.trackers import Trackers
-from engine.trial import to_device, try_step
+from engine.pictures import report
+from engine.run import checkpoint, runs, trust
+from engine.run.saver import Saver
+from engine.run.state import Progress, RandomStates
+from engine.run.trackers import Trackers
+from engine.terminal import log, watched
+from engine.training.display import Bar, epoch_line
+from engine.training.metrics import Tally, accuracy, evaluate, loss_name
+from engine.training.schedules import build_schedule
+from engine.training.trial import to_device, try_step
 
 
 def main(config: dict[str, Any]) -> float:

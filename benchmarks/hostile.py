@@ -37,8 +37,8 @@ import torch._dynamo  # noqa: E402  (imported by the first model on the meta dev
 import yaml  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from engine import trust  # noqa: E402
-from engine.cli import launch  # noqa: E402
+from engine.command.cli import launch  # noqa: E402
+from engine.run import trust  # noqa: E402
 
 SECONDS, MEMORY, LINE = 3.0, 1 << 30, 2000  # that a case may take, and characters of a line of its messages
 CODES = (0, 1, 2, 130, 141, 143)
@@ -106,7 +106,13 @@ def pool(mark: str, fifo: str, draw: random.Random) -> list[Callable[[], Any]]:
         *("os.system", "posix.system", "subprocess.run", "builtins.exec", "builtins.eval", "pathlib.Path.touch"),
         *("datasets.main", "engine.config.build", "engine.config.locate", "train.main", "evaluate.main", "this"),
         *("models.mlp.os.system", "datasets.gzip.os.system", "torchvision.models.get_model", "canary", "antigravity"),
-        *("datasets._download", "engine.trackers.MLflow", "torch.load", "torch.hub.load", "models.mlp.MLP.forward"),
+        *(
+            "engine.data.download.download",
+            "engine.run.trackers.MLflow",
+            "torch.load",
+            "torch.hub.load",
+            "models.mlp.MLP.forward",
+        ),
         *("../../evil", "/etc/passwd", "..", "../..", "/", ".", "~", "evil/option", "_base", "__init__", "none"),
     ]
     paths = [mark, fifo, "/dev/zero", "/dev/random", "/etc/passwd", "/proc/self/mem", "..", "/", "\0", "a" * 5000]

@@ -27,7 +27,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from engine.cli import SPINS  # noqa: E402
+from engine.command.cli import SPINS  # noqa: E402
 
 os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # as the program does, before torch is imported
 
@@ -39,8 +39,9 @@ from torchvision.io import decode_jpeg, read_file  # noqa: E402
 from torchvision.transforms.v2.functional import resize  # noqa: E402
 
 import datasets  # noqa: E402
-from engine.loader import Batches, load_splits  # noqa: E402
-from engine.reader import cores  # noqa: E402
+from engine.data.batches import Batches  # noqa: E402
+from engine.data.splits import load_splits  # noqa: E402
+from engine.data.workers import cores  # noqa: E402
 
 SIDE, TARGET, CLASSES, BATCH = 256, 64, 10, 64
 RUN = {"batch_size": BATCH, "seed": 0, "shuffle": True, "drop_last": False, "limit_batches": None, "num_workers": None}

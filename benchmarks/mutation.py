@@ -9,7 +9,7 @@ imported is forked, so that a change costs a second or two. Where there are more
 the same for the same seed, and that is said.
 
     python benchmarks/mutation.py                                    # all files, under an hour on two cores
-    python benchmarks/mutation.py engine/metrics.py --most 1000      # all changes of one file
+    python benchmarks/mutation.py engine/training/metrics.py --most 1000      # all changes of one file
 """
 
 from __future__ import annotations
@@ -37,18 +37,24 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Of each file the tests that should notice, the fast ones first: they run in this order until one fails.
 TESTS: dict[str, Sequence[str]] = {
-    "engine/metrics.py": ["metrics"],
-    "engine/schedules.py": ["schedules"],
-    "engine/saver.py": ["progress", "reference", "checkpoint", "resume", "trial"],
-    "engine/loader.py": ["splits", "properties", "augment_reference", "reference", "loader"],
-    "engine/reader.py": ["properties", "loader", "reference"],
-    "engine/augment.py": ["augment_reference", "augment", "loader"],
-    "engine/checkpoint.py": ["trust", "evaluate", "reference", "checkpoint"],
-    "engine/trust.py": ["trust", "checkpoint"],
-    "engine/archive.py": ["trust", "checkpoint"],
-    "engine/runs.py": ["train", "evaluate", "resume"],
-    "engine/resume.py": ["reference", "resume"],
-    "engine/sweep.py": ["sweep"],
+    "engine/training/metrics.py": ["metrics"],
+    "engine/training/schedules.py": ["schedules"],
+    "engine/run/saver.py": ["progress", "reference", "checkpoint", "resume", "trial"],
+    "engine/run/state.py": ["progress", "reference", "checkpoint", "resume", "trial"],
+    "engine/data/splits.py": ["splits", "properties", "loader"],
+    "engine/data/batches.py": ["splits", "properties", "augment_reference", "reference", "loader"],
+    "engine/data/devices.py": ["loader"],
+    "engine/data/reader.py": ["properties", "loader", "reference"],
+    "engine/data/workers.py": ["loader", "reference"],
+    "engine/data/augment.py": ["augment_reference", "augment", "loader"],
+    "engine/data/draws.py": ["augment_reference", "properties", "augment", "loader"],
+    "engine/data/transforms.py": ["augment_reference", "augment", "loader"],
+    "engine/run/checkpoint.py": ["trust", "evaluate", "reference", "checkpoint"],
+    "engine/run/trust.py": ["trust", "checkpoint"],
+    "engine/run/archive.py": ["trust", "checkpoint"],
+    "engine/run/runs.py": ["train", "evaluate", "resume"],
+    "engine/command/resume.py": ["reference", "resume"],
+    "engine/command/sweep.py": ["sweep"],
     "train.py": ["progress", "reference", "train", "resume"],
 }
 IMPORTED = ("torch", "torchvision.transforms.v2", "numpy", "hydra", "pytest", "matplotlib.figure", "tqdm", "sklearn")

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import predict
-from datasets import read_image
+from engine.data.images import read_image
 from models.mlp import MLP
 
 CLASSES = [f"class {number}" for number in range(10)]

@@ -18,11 +18,13 @@ import torch
 from torch import nn
 
 import datasets
-from engine import checkpoint
-from engine.loader import Batches, Split
-from engine.metrics import Tally
-from engine.saver import Progress, RandomStates, Saver
-from engine.schedules import cosine
+from engine.data.batches import Batches
+from engine.data.splits import Split
+from engine.run import checkpoint
+from engine.run.saver import Saver
+from engine.run.state import Progress, RandomStates
+from engine.training.metrics import Tally
+from engine.training.schedules import cosine
 from models.cnn import CNN
 
 

@@ -31,7 +31,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from engine.cli import SPINS  # noqa: E402
+from engine.command.cli import SPINS  # noqa: E402
 
 os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # as the program does, before torch is imported
 os.chdir(ROOT)
@@ -42,13 +42,17 @@ from torch import Tensor, nn  # noqa: E402
 
 import datasets  # noqa: E402
 import train  # noqa: E402
-from engine import checkpoint, report, runs  # noqa: E402
 from engine.config import CONFIGS, build, check  # noqa: E402
+from engine.data.batches import Batches  # noqa: E402
+from engine.data.devices import choose_device  # noqa: E402
+from engine.data.splits import load_splits  # noqa: E402
 from engine.errors import RunError  # noqa: E402
-from engine.loader import Batches, choose_device, load_splits  # noqa: E402
-from engine.metrics import Tally  # noqa: E402
-from engine.saver import Progress, RandomStates, Saver  # noqa: E402
-from engine.schedules import build_schedule  # noqa: E402
+from engine.pictures import report  # noqa: E402
+from engine.run import checkpoint, runs  # noqa: E402
+from engine.run.saver import Saver  # noqa: E402
+from engine.run.state import Progress, RandomStates  # noqa: E402
+from engine.training.metrics import Tally  # noqa: E402
+from engine.training.schedules import build_schedule  # noqa: E402
 
 Loop = Callable[[], None]  # trains one epoch
 SHOWING: list[float] = []  # seconds that pictures and CSV took after each of this project's epochs

@@ -1,1 +1,12 @@
-"""What the entry points share, one concern a file."""
+"""What the programs share: a package for each concern, and below them the ground floor.
+
+Imports run one way, downwards (`lint-imports` holds it):
+
+    command                the command line, up to main()
+    pictures               what people look at
+    training               what an epoch is made of
+    data | run             from files to batches | a run's folder and all that is kept in it
+    config                 settings: read, checked, built
+    terminal | files       what is printed | what is read and written
+    errors                 the ways a run ends
+"""

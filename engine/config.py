@@ -25,7 +25,6 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from engine import trackers
 from engine.errors import RequestError, RunError, did_you_mean, one_line, shortened
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -287,7 +286,6 @@ def check(config: DictConfig, choices: dict[str, Any], directories: Sequence[Pat
     for name in known:
         if name not in present:
             raise RequestError(f"the setting {name!r} was taken out (~{name}); it is needed, set it to a value instead")
-    trackers.check_installed(choices.get("logger") or [])
     return {**{str(key): value for key, value in plain.items()}, "choices": choices}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
+import logging
 import os
 import re
 import shutil
@@ -122,7 +123,9 @@ def width() -> int | None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Bars
+# Lines and bars
+
+log = logging.getLogger("run")  # to the terminal and to train.log
 
 label = ""  # "job 3/12" while a job of a sweep runs in this process
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from engine import runs
-from engine.cli import launch
+from engine.command.cli import launch
+from engine.run import runs
 
 ROOT = Path(__file__).resolve().parent.parent
 os.environ["XDG_DATA_HOME"] = tempfile.mkdtemp(prefix="key-of-the-tests-")  # not into the home of who runs them

@@ -87,7 +87,7 @@ def _main(
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
     sys.argv = [str(ROOT / f"{entry}.py"), *arguments]
     Path(".ready").touch()
-    from engine.cli import launch
+    from engine.command.cli import launch
 
     if before:
         before(argument)

@@ -7,10 +7,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms.v2 import functional as tv
 
-from engine.augment import (
-    BATCH_TRANSFORMS,
+from engine.data.augment import (
     ColorJitter,
-    Draws,
     Normalize,
     RandomCrop,
     RandomErasing,
@@ -18,12 +16,11 @@ from engine.augment import (
     RandomRotation,
     RandomVerticalFlip,
     Resize,
-    own_randomness,
-    per_image,
     rotate,
-    seed_everything,
     to_float,
 )
+from engine.data.draws import Draws, own_randomness, seed_everything
+from engine.data.transforms import BATCH_TRANSFORMS, per_image
 
 RANDOM = {
     "RandomHorizontalFlip": {},
@@ -109,7 +106,7 @@ def test_rotation_is_torchvisions(interpolation, fill):
 
 def test_rotation_draws_within_its_range(monkeypatch):
     seen = []
-    monkeypatch.setattr("engine.augment.rotate", lambda images, degrees, *_: seen.append(degrees) or images)
+    monkeypatch.setattr("engine.data.augment.rotate", lambda images, degrees, *_: seen.append(degrees) or images)
     RandomRotation(degrees=[10, 50])(torch.zeros(1000, 1, 2, 2), Draws(0, 1, torch.arange(1000)))
     assert 10 <= seen[0].min() < 11 and 49 < seen[0].max() <= 50
 
@@ -233,7 +230,7 @@ def test_nothing_is_copied_to_the_device_in_every_batch(name, arguments, monkeyp
     def pinned(numbers, device):
         return torch.empty(numbers.shape, dtype=numbers.dtype, device=device)
 
-    monkeypatch.setattr("engine.augment._to", pinned)
+    monkeypatch.setattr("engine.data.augment.send", pinned)
     transform = BATCH_TRANSFORMS[name](**arguments)
     images = torch.zeros(20, 3, 16, 20, device="meta")
     draws = Draws(0, 1, torch.arange(20))

@@ -13,8 +13,11 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 
 import datasets
-from engine.augment import BATCH_TRANSFORMS, Draws, apply, sample_seed, to_float
-from engine.loader import Batches, load_splits
+from engine.data.augment import to_float
+from engine.data.batches import Batches
+from engine.data.draws import Draws, sample_seed
+from engine.data.splits import load_splits
+from engine.data.transforms import BATCH_TRANSFORMS, apply
 
 
 def test_the_generator_is_splitmix64() -> None:

@@ -10,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from engine.loader import Batches, load_splits
+from engine.data.batches import Batches
+from engine.data.splits import load_splits
 
 LATER = 1_700_000_000 * 10**9  # a time of modification in nanoseconds
 

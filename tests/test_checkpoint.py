@@ -14,8 +14,8 @@ import torch
 from processes import run, start
 from torch import nn
 
-from engine import checkpoint
 from engine.errors import RequestError
+from engine.run import checkpoint
 
 
 def small(**changes: Any) -> dict[str, Any]:
@@ -148,8 +148,8 @@ def hostile(mark: str) -> dict[str, Any]:
             "datasets.Path": {},
             "datasets.gzip.os.system": {"command": touch},
             "datasets.pickle.loads": {"data": touch},
-            "datasets._download": {"name": "MNIST", "root": mark, "layout": ""},
-            "engine.checkpoint.os.system": {"command": touch},
+            "engine.data.download.download": {"name": "MNIST", "root": mark, "layout": ""},
+            "engine.run.checkpoint.os.system": {"command": touch},
             "torchvision.models.os.system": {"command": touch},
             "torchvision.models.resnet.nn.Linear": {"in_features": 1, "out_features": 1},
             "torchvision.models._api.importlib.import_module": {"name": "antigravity"},

@@ -15,8 +15,9 @@ import pytest
 import yaml
 from conftest import ROOT, Call
 
-from engine import compare, runs, sweep
+from engine.command import sweep
 from engine.errors import RunError
+from engine.run import compare, runs
 
 
 def make_run(
@@ -80,7 +81,7 @@ def test_all_runs_are_listed_once_best_first_with_what_differs(root: Path) -> No
 def test_states_are_told_apart(root: Path) -> None:
     held = make_run(root, "held")
     other_process = (
-        "import sys; from pathlib import Path; from engine import runs; runs.lock(Path(sys.argv[1])); input()"
+        "import sys; from pathlib import Path; from engine.run import runs; runs.lock(Path(sys.argv[1])); input()"
     )
     command = [sys.executable, "-c", other_process, str(held)]
     with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE) as process:

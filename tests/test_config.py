@@ -16,10 +16,11 @@ from typing import Any
 import pytest
 from conftest import ROOT, Call
 
-from engine import cli, config, terminal
-from engine.cli import setting_rows
+from engine import config, terminal
+from engine.command import cli
+from engine.command.cli import setting_rows
+from engine.command.typed import as_meant
 from engine.config import Setting, group_options
-from engine.typed import as_meant
 
 WRONG_REQUESTS = [  # what is typed, what the answer has to hold
     # Unknown options and settings, with the nearest valid ones.

@@ -17,10 +17,11 @@ import torch
 from PIL import Image
 
 import datasets
-from datasets import csv_images, image_folder, read_idx, read_image
+from datasets import csv_images, image_folder
+from engine.data.formats import read_idx, read_pickle
+from engine.data.images import read_image
+from engine.data.splits import fingerprint, hold_out, load_splits, spread
 from engine.errors import RequestError
-from engine.loader import fingerprint, load_splits
-from engine.shares import hold_out, spread
 
 FOLDER = {"test_fraction": 0.25, "channels": 3, "max_pixels": 10**6}
 LIST = {"test_annotations_file": None, "test_fraction": 0.25, "classes": None, "channels": 3, "max_pixels": 10**6}
@@ -433,7 +434,7 @@ def test_an_image_in_strips_is_the_whole_image(tmp_path, mode, monkeypatch):
     for channels in (1, 3):
         whole = read_image(tmp_path / "a.png", channels)
         with monkeypatch.context() as patch:
-            patch.setattr("engine.images.STRIP", 30 * 7)
+            patch.setattr("engine.data.images.STRIP", 30 * 7)
             assert torch.equal(read_image(tmp_path / "a.png", channels), whole)
 
 
@@ -742,7 +743,7 @@ def test_random_files_are_read_or_refused_in_one_line(tmp_path, photos):
             lambda: csv_images(str(tmp_path / "a.csv"), str(photos / "img"), **LIST),
             lambda: read_idx(tmp_path / "a.gz"),
             lambda: read_image(tmp_path / "a.png"),
-            lambda: datasets._read_pickle(tmp_path / "a.jpg"),
+            lambda: read_pickle(tmp_path / "a.jpg"),
         ):
             try:
                 read()

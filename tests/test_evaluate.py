@@ -25,7 +25,8 @@ from torchvision.datasets import FashionMNIST
 from torchvision.transforms import ToTensor
 
 import datasets
-from engine import checkpoint, report, trust
+from engine.pictures import report
+from engine.run import checkpoint, trust
 from evaluate import by_name
 from models.mlp import MLP
 

@@ -18,7 +18,7 @@ import json, sys
 sys.path.insert(0, sys.argv[1])
 sys.argv = [sys.argv[1] + "/" + sys.argv[2] + ".py", *sys.argv[3:]]
 from pathlib import Path
-from engine.cli import launch
+from engine.command.cli import launch
 try:
     launch(Path(sys.argv[0]).stem)
 except SystemExit as end:

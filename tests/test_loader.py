@@ -24,13 +24,18 @@ from torch import nn
 from torch.utils.data import Dataset, IterableDataset, WeightedRandomSampler
 
 import datasets
-import engine.loader
-import engine.reader
-from engine.augment import Draws, Resize
-from engine.cache import _locked, cached_images
+import engine.data.devices
+import engine.data.transforms
+from engine.data.augment import Resize
+from engine.data.batches import Batches
+from engine.data.cache import _locked, cached_images
+from engine.data.devices import on_device, one_ahead
+from engine.data.draws import Draws
+from engine.data.reader import Reader
+from engine.data.splits import load_splits
+from engine.data.transforms import parse_transforms
+from engine.data.workers import Workers
 from engine.errors import RequestError, RunError
-from engine.loader import Batches, _on_device, _one_ahead, load_splits, parse_transforms
-from engine.reader import Reader, Workers
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -199,9 +204,9 @@ def test_batches_for_cuda_are_asked_for_one_ahead():
             asked.append(number)
             yield number
 
-    for number in _one_ahead(source()):
+    for number in one_ahead(source()):
         assert asked == list(range(min(number + 2, 4)))
-    assert number == 3 and list(_one_ahead(iter(()))) == []
+    assert number == 3 and list(one_ahead(iter(()))) == []
 
 
 def test_only_cuda_is_sent_batches_without_waiting(monkeypatch):  # on MPS they would arrive damaged
@@ -214,7 +219,7 @@ def test_only_cuda_is_sent_batches_without_waiting(monkeypatch):  # on MPS they 
 
     monkeypatch.setattr(torch.Tensor, "to", to)
     pairs = [(torch.zeros(2, 1, 3, 3), torch.zeros(2, dtype=torch.int64))] * 3
-    assert [images.device.type for images, _ in _on_device(pairs, torch.device("meta"))] == ["meta"] * 3
+    assert [images.device.type for images, _ in on_device(pairs, torch.device("meta"))] == ["meta"] * 3
     assert len(waits) == 6 and all(waits)
 
 
@@ -225,7 +230,7 @@ def test_samples_of_one_part_are_placed_on_the_device_once():
         assert train.device.type == "meta" and train is val and train is not test
     del placed, train, val, test
     gc.collect()
-    assert not engine.loader._placed  # nothing is kept longer than it is used
+    assert not engine.data.devices._placed  # nothing is kept longer than it is used
 
 
 def many():
@@ -576,7 +581,7 @@ class Hungry:
     ],
 )
 def test_out_of_memory_is_told_as_such(images, says, monkeypatch):
-    monkeypatch.setitem(engine.loader.BATCH_TRANSFORMS, "Hungry", Hungry)
+    monkeypatch.setitem(engine.data.transforms.BATCH_TRANSFORMS, "Hungry", Hungry)
     with pytest.raises(RunError, match=says):
         list(batches_of(settings("in_memory", train_transforms=[{"Hungry": {"images": images}}])).epoch(1))
 
@@ -918,8 +923,8 @@ def test_unreadable_images_and_the_cache(broken, tmp_path, capsys):
 
 def test_the_first_images_may_be_unreadable_where_workers_make_the_cache(broken, monkeypatch, tmp_path):
     top, _bad = broken
-    monkeypatch.setattr("engine.cache.BATCH", 2)
-    monkeypatch.setattr("engine.cache.cores", lambda: 2)
+    monkeypatch.setattr("engine.data.cache.BATCH", 2)
+    monkeypatch.setattr("engine.data.cache.cores", lambda: 2)
     files = datasets.image_folder(str(top), 0.1, 3, 10**6).train
     Path(str(files.paths[0])).write_bytes(b"none")
     images, unreadable = cached_images(files, Resize([16, 16]), tmp_path / "cache", True)

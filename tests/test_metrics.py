@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.errors import RunError
-from engine.metrics import Mistakes, Tally, accuracy, class_of, evaluate, loss_name, per_class
+from engine.training.metrics import Mistakes, Tally, accuracy, class_of, evaluate, loss_name, per_class
 
 CPU = torch.device("cpu")
 LN3 = math.log(3.0)  # the logits (ln 3, 0) mean the probabilities 3/4 and 1/4

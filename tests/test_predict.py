@@ -20,10 +20,11 @@ from processes import run
 
 import datasets
 import predict
-from engine import checkpoint
+from engine.data.batches import Batches
+from engine.data.splits import load_splits
 from engine.errors import RequestError, RunError
-from engine.loader import Batches, load_splits
-from engine.metrics import accuracy, evaluate
+from engine.run import checkpoint
+from engine.training.metrics import accuracy, evaluate
 from models.mlp import MLP
 
 CLASSES = ["bee", "cat", "dog"]
@@ -470,7 +471,7 @@ def test_the_command_line(folder: Path) -> None:
 def test_a_wrong_request_is_answered_without_torch(
     arguments: list[str], says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from engine import cli
+    from engine.command import cli
 
     monkeypatch.setattr(sys, "argv", ["predict.py", *arguments])
     monkeypatch.setitem(sys.modules, "predict", None)  # which imports torch: to import it now fails, with exit code 1

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import train
-from engine.saver import Progress, RandomStates
+from engine.run.state import Progress, RandomStates
 
 # A history is a list of (validation accuracy, validation loss), an epoch each, or (None, None) without validation.
 History = list[tuple[float | None, float | None]]

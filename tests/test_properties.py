@@ -21,10 +21,11 @@ from hypothesis import strategies as st
 from splitmix import numbers, order_of
 
 import datasets
-from engine.augment import Draws
 from engine.config import Setting, read_settings
+from engine.data.batches import Batches
+from engine.data.draws import Draws
+from engine.data.splits import Split, load_splits
 from engine.errors import RequestError, one_line, printable
-from engine.loader import Batches, Split, load_splits
 
 fifty = tried(max_examples=50, deadline=None, derandomize=True, database=None)
 CPU = torch.device("cpu")

@@ -20,7 +20,8 @@ from splitmix import order_of
 from torch import Tensor, nn
 
 import datasets
-from engine.loader import Batches, load_splits
+from engine.data.batches import Batches
+from engine.data.splits import load_splits
 from models.cnn import CNN
 from models.mlp import MLP
 

@@ -25,10 +25,11 @@ from processes import run
 import evaluate as evaluate_program
 import predict
 import train
-from engine import compare, report
-from engine.augment import Normalize
-from engine.metrics import Mistakes, evaluate, loss_name
+from engine.data.augment import Normalize
+from engine.pictures import report
+from engine.run import compare
 from engine.terminal import watched
+from engine.training.metrics import Mistakes, evaluate, loss_name
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = [f"a_{word}_of_the_northern_hemisphere_seen_from_{place:03}" for place in range(100) for word in ("sandpiper",)]
@@ -451,7 +452,7 @@ def test_a_sweep_shows_every_run_where_it_belongs(tmp_path: Path) -> None:
 
 def test_a_sweep_is_drawn_without_torch(tmp_path: Path) -> None:
     program = (
-        "import sys; from pathlib import Path; sys.modules['torch'] = None; from engine import report\n"
+        "import sys; from pathlib import Path; sys.modules['torch'] = None; from engine.pictures import report\n"
         "rows = [dict(run=str(n), state='finished', val_accuracy=n / 9, model='mlp', lr=n) for n in (1, 2)]\n"
         f"assert report.sweep(rows, rows, 'val_accuracy', Path({str(tmp_path / 's.png')!r}))\n"
     )
@@ -557,7 +558,7 @@ def test_settings_of_matplotlib_are_neither_used_nor_changed(tmp_path: Path) -> 
 
 def test_matplotlib_is_imported_when_drawn_and_pyplot_never(tmp_path: Path) -> None:
     program = (
-        "import sys; from pathlib import Path; from engine import report\n"
+        "import sys; from pathlib import Path; from engine.pictures import report\n"
         "assert 'matplotlib' not in sys.modules\n"
         "row = dict(epoch=1, train_loss=1., train_accuracy=.5, val_loss=None, val_accuracy=None, lr=.1)\n"
         f"assert report.curves([row], Path({str(tmp_path / 'c.png')!r}))\n"

@@ -19,7 +19,8 @@ import torch
 from conftest import Call
 from processes import run, start
 
-from engine.saver import Progress, RandomStates, Saver
+from engine.run.saver import Saver
+from engine.run.state import Progress, RandomStates
 
 RECIPES = {
     "mlp, momentum, dropout": ["model.dropout=0.3", "epochs=4"],
@@ -126,7 +127,7 @@ def test_killed_and_resumed_ends_the_same_many_times(tmp_path: Path, recipe: str
 
 def keep_every_last(keep: str) -> None:
     """Keep a copy of the run's directory from every moment at which last.pt was written."""
-    from engine import checkpoint
+    from engine.run import checkpoint
 
     write = checkpoint.write
 
@@ -412,7 +413,7 @@ def test_another_optimizer_does_not_take_over_what_it_cannot_use(call: Call, tmp
 def test_random_states_of_devices_that_came_or_went_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     restored: list[int] = []
-    monkeypatch.setattr("engine.saver.log.info", said.append)
+    monkeypatch.setattr("engine.run.saver.log.info", said.append)
     monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, number: restored.append(number))
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     states = RandomStates()

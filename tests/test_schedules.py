@@ -14,7 +14,7 @@ from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR, OneCycleLR, StepLR
 
 from engine.errors import RequestError
-from engine.schedules import Schedule, build_schedule, constant, cosine
+from engine.training.schedules import Schedule, build_schedule, constant, cosine
 
 LR = 0.8
 
@@ -206,7 +206,7 @@ def test_a_schedule_of_torch_goes_on_within_an_epoch(name: str, done: int) -> No
 
 @pytest.mark.parametrize("name", ["constant", "cosine"])
 def test_the_configuration_names_a_schedule_of_the_whole_run(name: str) -> None:
-    settings = {"_target_": f"engine.schedules.{name}", "warmup_epochs": 2}
+    settings = {"_target_": f"engine.training.schedules.{name}", "warmup_epochs": 2}
     used = optimizer()
     schedule = build_schedule(settings, used, epochs=4, steps_per_epoch=5)
     assert type(schedule) is Schedule
@@ -222,7 +222,7 @@ def test_a_schedule_that_follows_a_metric_is_refused() -> None:
     with pytest.raises(RequestError, match="ReduceLROnPlateau follows a metric"):
         build_schedule(settings, optimizer(), 2, 3)
     with pytest.raises(RequestError, match="scheduler"):
-        build_schedule({"_target_": "engine.schedules.cosine", "warmup": 1}, optimizer(), 2, 3)
+        build_schedule({"_target_": "engine.training.schedules.cosine", "warmup": 1}, optimizer(), 2, 3)
 
 
 @pytest.mark.parametrize(("steps", "rate"), [(0, 0.8), (3, 0.8), (4, 0.08), (7, 0.08), (8, 0.008), (9, 0.008)])

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 import datasets
-from engine.loader import fingerprint, load_splits
+from engine.data.splits import fingerprint, load_splits
 
 LABELS: list[int] = []  # of `labelled`, set by a test
 

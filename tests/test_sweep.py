@@ -18,8 +18,9 @@ import pytest
 from conftest import ROOT, Call
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 
-from engine import compare, sweep
+from engine.command import sweep
 from engine.errors import RunError
+from engine.run import compare
 
 SMALL = ("epochs=1", "dataset.limit=60", "model.hidden=[8]")
 

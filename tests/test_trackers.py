@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from conftest import Call
 
-from engine import trackers
+from engine.run import trackers
 
 SHORT = ("epochs=2", "dataset.limit=60", "model.hidden=[8]", "name=run")
 CONFIG: dict[str, Any] = {

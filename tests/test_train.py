@@ -15,8 +15,8 @@ import pytest
 import torch
 from conftest import Call
 
-from engine import checkpoint
 from engine.config import group_options
+from engine.run import checkpoint
 
 
 def weights(file: Path) -> dict[str, torch.Tensor]:

@@ -13,9 +13,10 @@ import torch
 from conftest import Call
 from torch import nn
 
-from engine.loader import Batches, Split
-from engine.metrics import Tally
-from engine.trial import try_step
+from engine.data.batches import Batches
+from engine.data.splits import Split
+from engine.training.metrics import Tally
+from engine.training.trial import try_step
 
 MODELS = """
 import torch

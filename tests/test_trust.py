@@ -18,9 +18,9 @@ import yaml
 from conftest import Call
 from test_checkpoint import refused, small
 
-from engine import archive, checkpoint, trust
 from engine.config import Setting
 from engine.errors import RequestError
+from engine.run import archive, checkpoint, trust
 
 QUICK = ["dataset.limit=40", "epochs=1", "limit_batches=1", "model.hidden=[3]"]
 

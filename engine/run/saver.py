@@ -9,139 +9,24 @@ from __future__ import annotations
 
 import math
 import os
-import random
 import signal
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
-import numpy as np
 import torch
 
-from engine import checkpoint
 from engine.config import build
 from engine.errors import Interrupted, RequestError, RunError, one_line, out_of_memory, shortened
-from engine.metrics import Tally
-from engine.runs import COLUMNS, log
+from engine.run import checkpoint
+from engine.run.runs import COLUMNS
+from engine.run.state import Counts, Progress, Stateful
+from engine.terminal import log
 
 Item = TypeVar("Item")
 TRY = "try a lower learning rate (optimizer.lr), or clip_grad_norm=1"
-
-
-class Part(Protocol):
-    """Something with a state."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """The state as tensors, numbers and text."""
-
-    def load_state_dict(self, state: dict[str, Any]) -> Any:
-        """Go on from it."""
-
-
-class Progress:
-    """Where a run is.
-
-    Attributes:
-        epoch: the epoch being trained, from 1; one more than the last when all are done.
-        batch: how many of its batches are done.
-        lr: learning rate at its start.
-        history: the rows of metrics.csv.
-        best: the row of the best epoch so far, or {}.
-    """
-
-    def __init__(self) -> None:
-        self.epoch, self.batch, self.lr = 1, 0, 0.0
-        self.history: list[dict[str, Any]] = []
-        self.best: dict[str, Any] = {}
-        self._began = time.perf_counter()
-
-    def begin_epoch(self, lr: float) -> None:
-        """Start the clock of an epoch; one that was resumed goes on."""
-        if self.batch == 0:
-            self.lr, self._began = lr, time.perf_counter()
-
-    @property
-    def seconds(self) -> float:
-        """Time spent on this epoch, without the time between a stop and a resumption."""
-        return time.perf_counter() - self._began
-
-    def end_epoch(self, row: dict[str, Any]) -> bool:
-        """Add the epoch's row and go to the next; returns whether it is the best so far.
-
-        Best is the highest validation accuracy, the lower loss where that is the same; without validation the last.
-        """
-        self.history.append(row)
-        self.epoch, self.batch = self.epoch + 1, 0
-        better = (
-            not self.best
-            or row["val_loss"] is None
-            or (row["val_accuracy"], -row["val_loss"]) > (self.best["val_accuracy"], -self.best["val_loss"])
-        )
-        if better:
-            self.best = row
-        return better
-
-    def epochs_since_best(self) -> int:
-        """How many epochs brought nothing better; early stopping counts these."""
-        return len(self.history) - self.best["epoch"] if self.best else 0
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything, as numbers."""
-        return {
-            "epoch": self.epoch,
-            "batch": self.batch,
-            "lr": self.lr,
-            "seconds": self.seconds,
-            "history": self.history,
-            "best": self.best,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state_dict()`."""
-        self.epoch, self.batch, self.lr = state["epoch"], state["batch"], state["lr"]
-        self.history, self.best = list(state["history"]), state["best"]
-        self._began = time.perf_counter() - state["seconds"]
-
-
-class RandomStates:
-    """The states of torch's generators (CPU, and CUDA or MPS where used), NumPy's and Python's."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """As tensors and numbers."""
-        _, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
-        state: dict[str, Any] = {
-            "torch": torch.get_rng_state(),
-            "numpy": [torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, gauss],
-            "python": random.getstate(),
-        }
-        if torch.cuda.is_available():
-            state["cuda"] = torch.cuda.get_rng_state_all()
-        if torch.backends.mps.is_available():
-            state["mps"] = torch.mps.get_rng_state()
-        return state
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state_dict()`."""
-        torch.set_rng_state(state["torch"])
-        keys, *rest = state["numpy"]
-        np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), *rest))
-        version, internal, gauss = state["python"]
-        random.setstate((version, tuple(internal), gauss))
-        saved, here = state.get("cuda", []), torch.cuda.device_count()
-        for number, of_device in enumerate(saved[:here]):
-            torch.cuda.set_rng_state(of_device, number)
-        if "mps" in state and torch.backends.mps.is_available():
-            torch.mps.set_rng_state(state["mps"])
-        absent = [f"cuda:{i}" for i in range(here, len(saved))]
-        new = [f"cuda:{i}" for i in range(len(saved), here)]
-        if ("mps" in state) != torch.backends.mps.is_available():
-            (absent if "mps" in state else new).append("mps")
-        said = [f"{', '.join(absent)}, not in this machine"] if absent else []
-        said += [f"{', '.join(new)}, not saved"] if new else []
-        if said:
-            log.info(f"warning  random states not restored: those of {', and of '.join(said)}; dropout may differ")
 
 
 class Saver:
@@ -159,12 +44,12 @@ class Saver:
         self,
         directory: Path,
         about: dict[str, Any],
-        parts: Mapping[str, Part],
+        parts: Mapping[str, Stateful],
         every_minutes: float | None,
         every_steps: int | None,
     ) -> None:
         self.directory, self.about, self.parts = directory, about, parts
-        self.tally: Tally = parts["tally"]  # type: ignore[assignment]
+        self.tally: Counts = parts["tally"]  # type: ignore[assignment]
         self.progress: Progress = parts["progress"]  # type: ignore[assignment]
         self.every_seconds = every_minutes * 60 if every_minutes else float("inf")
         self.every_steps = every_steps

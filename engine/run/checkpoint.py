@@ -20,9 +20,10 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from engine import archive, files, trust
+from engine import files
 from engine.config import build
 from engine.errors import RequestError, one_line, printable
+from engine.run import archive, trust
 
 FORMAT = 1
 MOST_VALUES, MOST_NESTED = 1_000_000, 32  # of numbers, texts and tensors in a checkpoint, and of levels

@@ -25,15 +25,15 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
-from engine import files, terminal, trust
+from engine import files, terminal
 from engine.config import ROOT, RUNS
 from engine.errors import Interrupted, RequestError, RunError, one_line, shortened
+from engine.run import trust
+from engine.terminal import log
 
 PLAIN_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"  # needs no quoting in a shell
 LONGEST_NAME = 200  # characters of a run's name; the file system allows 255, and a number may be added
 COLUMNS = ("epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "lr", "seconds", "images_per_second")
-
-log = logging.getLogger("run")  # to the terminal and to train.log
 
 
 def check_name(config: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from engine import terminal
-from engine.metrics import Tally
+from engine.training.metrics import Tally
 
 Item = TypeVar("Item")
 REFRESH = 0.25  # seconds; reading the tally waits for the device

@@ -22,7 +22,8 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from engine import compare, resume, runs, sweep, terminal, typed
+from engine import terminal
+from engine.command import resume, sweep, typed
 from engine.config import (
     CONFIGS,
     GLOBAL_GROUPS,
@@ -38,6 +39,7 @@ from engine.config import (
     read_settings,
 )
 from engine.errors import RequestError, RunError, interrupt_behind, one_line, printable, shortened
+from engine.run import compare, runs, trackers
 
 # After a parallel operation torch's threads (GNU OpenMP's) keep their cores busy for some 10 ms, waiting for the next.
 # That is time taken from the workers that read images. A thirtieth of it bridges the gaps within a training step.
@@ -249,6 +251,7 @@ def _checked(config: DictConfig) -> dict[str, Any]:
     own = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
     entry = str(hydra_config.job.name)
     plain = check(own, dict(hydra_config.runtime.choices), directories, entry)
+    trackers.check_installed(plain["choices"].get("logger") or [])
     if _of_experiment and entry != "train":
         plain = _of_training(plain, directories)
     return resume.adopt(plain, hydra_config.overrides.task, directories) if plain.get("resume") else plain

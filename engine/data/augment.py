@@ -14,46 +14,18 @@ generator seeded from the same draws: `PerImage`.
 from __future__ import annotations
 
 import math
-import random
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import lru_cache
 from itertools import permutations
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from engine.errors import RunError, one_line, out_of_memory
+from engine.data.draws import Draws, send
 
 # What a list of transforms may ask for at most; it may come from a stranger's file.
 MOST_PIXELS = 64_000_000  # of an image that a transform makes; 8000x8000
-MOST_VALUES, MOST_NESTED, MOST_TEXT = 1_000, 16, 100  # values and names in it, levels of lists, characters of a text
-MOST_NUMBER = 16_384  # in any argument, but for these, which set the work, or how many times larger an image becomes
-MOST = {"padding": 4_096, "kernel_size": 64, "sigma": 16, "side_range": 8, "scale_range": 2}
-MOST |= {"num_ops": 32, "mixture_width": 32, "chain_depth": 32}
-
-_GOLDEN = -0x61C8864680B583EB  # 2^64 / golden ratio, as a signed 64-bit integer
-_MASK = (1 << 64) - 1
-
-
-def _signed(value: int) -> int:
-    value &= _MASK
-    return value - (1 << 64) if value >> 63 else value
-
-
-def _mix(bits: Any) -> Any:
-    """The finaliser of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014, figure 16) on int64, which wraps in torch."""
-    bits = (bits ^ ((bits >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
-    bits = (bits ^ ((bits >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
-    return bits ^ ((bits >> 31) & 0x1FFFFFFFF)
-
-
-def sample_seed(seed: int, epoch: int, index: int | Tensor = 0) -> Tensor:
-    """64 random bits (int64, the shape of `index`) for each sample of an epoch."""
-    key = _mix(torch.tensor(_signed(seed * _GOLDEN + 1))) + epoch
-    return _mix(_mix(key * _GOLDEN) + (torch.as_tensor(index) + 1) * _GOLDEN)
 
 
 @lru_cache(maxsize=256)
@@ -62,100 +34,9 @@ def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=torch.float32, device=device).view(1, -1, 1, 1)
 
 
-class Draws:
-    """The random numbers of samples: every call of `uniform` gives new ones, the same for a sample in any batch.
-
-    They are computed for many batches at once, which costs little more than for one, and shown a window at a time.
-
-    Args:
-        seed: of the run.
-        epoch: counted from 1.
-        index: int64 `[n]`, the samples' places in the data set.
-    """
-
-    most = 64  # numbers a sample that are computed ahead; more would take memory
-
-    def __init__(self, seed: int, epoch: int, index: Tensor) -> None:
-        self.bits = sample_seed(seed, epoch, index)
-        self.begin, self.end = 0, len(index)
-        self.drawn = 0
-        self.known: dict[tuple[int, int, str], Tensor] = {}
-
-    def window(self, begin: int, count: int) -> Draws:
-        """Itself, for the batch of the samples from `begin` on."""
-        self.begin, self.end = begin, begin + count
-        return self
-
-    def at(self, place: int) -> Draws:
-        """Itself, for the transform at `place` of the list: what others draw before it changes nothing."""
-        self.drawn = place << 40
-        return self
-
-    def integers(self, count: int) -> Tensor:
-        """64 random bits, int64 `[batch, count]`, on the CPU."""
-        bits = self._integers(self.bits[self.begin : self.end], count)
-        self.drawn += count
-        return bits
-
-    def _integers(self, bits: Tensor, count: int) -> Tensor:
-        slot = torch.arange(self.drawn + 1, self.drawn + count + 1, dtype=torch.int64)
-        return _mix(bits[:, None] + slot * _GOLDEN)
-
-    def uniform(self, count: int, device: torch.device | None = None) -> Tensor:
-        """Uniform numbers in [0, 1), float32 `[batch, count]`, on the CPU or `device`; nothing waits for the device."""
-        ahead = count <= self.most
-        key = (self.drawn, count, device.type if device else "cpu")
-        numbers = self.known.get(key) if ahead else None
-        if numbers is None:
-            bits = self._integers(self.bits if ahead else self.bits[self.begin : self.end], count)
-            numbers = ((bits >> 40) & 0xFFFFFF).float() * 2.0**-24
-            if device is not None:
-                numbers = _to(numbers, device)
-            if ahead:
-                self.known[key] = numbers
-        self.drawn += count
-        return numbers[self.begin : self.end] if ahead else numbers
-
-
-def _to(numbers: Tensor, device: torch.device) -> Tensor:
-    """On the device, without waiting for it."""
-    if device.type == "cpu":
-        return numbers
-    return numbers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else numbers.to(device)
-
-
 def to_float(images: Tensor) -> Tensor:
     """uint8 0 to 255 as float32 0 to 1, bit by bit what torchvision's `ToTensor` does; floats as they are."""
     return images if images.is_floating_point() else images.float().div_(255)
-
-
-def random_states() -> tuple[Any, ...]:
-    """Of the generators of torch (CPU), NumPy and Python."""
-    return torch.get_rng_state(), np.random.get_state(), random.getstate()
-
-
-def set_random_states(states: tuple[Any, ...]) -> None:
-    """Go on from `random_states()`."""
-    torch.set_rng_state(states[0])
-    np.random.set_state(states[1])
-    random.setstate(states[2])
-
-
-@contextmanager
-def own_randomness() -> Iterator[None]:
-    """What is drawn or seeded inside leaves those generators as they were outside."""
-    states = random_states()
-    try:
-        yield
-    finally:
-        set_random_states(states)
-
-
-def seed_everything(bits: int) -> None:
-    """Seed the generators of torch (CPU only), NumPy and Python with 64 bits."""
-    torch.default_generator.manual_seed(bits)
-    np.random.seed(bits & 0xFFFFFFFF)
-    random.seed(bits)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -335,7 +216,7 @@ def rotate(images: Tensor, degrees: Tensor, interpolation: str, fill: Tensor) ->
     # Where a pixel of the result comes from, in pixels from the middle; scaled to grid_sample's -1 to 1.
     x_from = torch.stack([cos, -sin], 1) * (2 / width)
     y_from = torch.stack([sin, cos], 1) * (2 / height)
-    matrix = _to(torch.stack([x_from, y_from], 2).float(), images.device)  # [batch, 2 (x, y), 2]
+    matrix = send(torch.stack([x_from, y_from], 2).float(), images.device)  # [batch, 2 (x, y), 2]
     x = torch.arange(width, device=images.device, dtype=torch.float32) - (width - 1) / 2
     y = torch.arange(height, device=images.device, dtype=torch.float32) - (height - 1) / 2
     places = torch.stack([x.expand(height, width), y[:, None].expand(height, width)], 2).view(1, -1, 2)
@@ -397,9 +278,9 @@ class RandomErasing:
         y, x = torch.arange(height), torch.arange(width)
         rows, columns = (y >= top) & (y < top + tall), (x >= left) & (x < left + broad)
         rows &= (drawn[:, :1] < self.p) & fits.gather(1, first)
-        rectangle = (_to(rows, images.device)[:, :, None] & _to(columns, images.device)[:, None, :])[:, None]
+        rectangle = (send(rows, images.device)[:, :, None] & send(columns, images.device)[:, None, :])[:, None]
         if self.value is None:
-            value = _to(_normal(draws, channels * height * width), images.device).view_as(images)
+            value = send(_normal(draws, channels * height * width), images.device).view_as(images)
         else:
             value = _constant(self.value, images.device)
         return torch.where(rectangle, value, images)
@@ -457,8 +338,8 @@ class ColorJitter:
                     continue
                 members = (order[:, turn] == number).nonzero()[:, 0]
                 if len(members):
-                    factor = _to(factors[members, number], images.device).view(-1, 1, 1, 1)
-                    members = _to(members, images.device)
+                    factor = send(factors[members, number], images.device).view(-1, 1, 1, 1)
+                    members = send(members, images.device)
                     images[members] = change(images[members], factor)
         return images
 
@@ -576,181 +457,3 @@ def _check_size(height: int, width: int) -> None:
     """Refuse to make an image that would fill the memory, whatever its transforms say."""
     if height * width > MOST_PIXELS:
         raise ValueError(f"it would make an image of {height}x{width} pixels; at most {MOST_PIXELS:,} are made")
-
-
-BATCH_TRANSFORMS: dict[str, Any] = {
-    cls.__name__: cls
-    for cls in (
-        Normalize,
-        Resize,
-        RandomHorizontalFlip,
-        RandomVerticalFlip,
-        RandomRotation,
-        RandomCrop,
-        RandomErasing,
-        ColorJitter,
-    )
-}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Everything else that torchvision has
-
-
-class PerImage:
-    """A transform of `torchvision.transforms.v2` on one image at a time, its random numbers seeded for each sample."""
-
-    needs_float = False
-    random = True
-
-    def __init__(self, transform: Any) -> None:
-        self.transform = transform
-
-    def __call__(self, images: Tensor, draws: Draws) -> Tensor:
-        """Transform images `[batch, channels, height, width]`; call it inside `own_randomness()`."""
-        results = []
-        for image, bits in zip(images, draws.integers(1)[:, 0].tolist(), strict=True):
-            torch.default_generator.manual_seed(bits)
-            results.append(self._one(image))
-        return torch.stack(results)
-
-    def _one(self, image: Tensor) -> Tensor:
-        result = self.transform(image)
-        if not isinstance(result, Tensor) or result.ndim != 3:
-            found = (
-                f"{type(result).__name__} {list(result.shape)}" if isinstance(result, Tensor) else type(result).__name__
-            )
-            raise ValueError(f"gave {found}; expected a tensor [channels, height, width]")
-        result = result.as_subclass(Tensor)
-        return result if result.dtype == torch.uint8 else result.float()
-
-
-def per_image(name: str, arguments: dict[str, Any]) -> PerImage | None:
-    """The transform that torchvision has under this name, or None.
-
-    Arguments may name a type (`torch.float32`) and list transforms (`RandomApply: {transforms: [...], p: 0.3}`).
-
-    Raises:
-        ValueError, TypeError: it refuses the arguments, or cannot run on single images.
-    """
-    from torchvision.transforms import InterpolationMode, v2  # takes a second to import, and is not always needed
-
-    found = getattr(v2, name, None)
-    if not (isinstance(found, type) and issubclass(found, v2.Transform)):
-        return None
-    if not found.__module__.startswith("torchvision.transforms.v2.") or found is v2.Transform:
-        raise ValueError("it is not one of torchvision's transforms")
-    if found is v2.Lambda:
-        raise ValueError("it takes a function, which text cannot give; call it in a Dataset of your own")
-    if name in ("MixUp", "CutMix"):
-        raise ValueError("it mixes the samples of a batch; here a transform sees one image")
-
-    def plain(key: str, value: Any) -> Any:
-        if key == "transforms":
-            return [nested(entry) for entry in value]
-        if key == "interpolation" and isinstance(value, str):
-            return InterpolationMode(value)
-        if isinstance(value, str) and value.startswith("torch."):
-            found = getattr(torch, value.removeprefix("torch."), None)
-            return found if isinstance(found, torch.dtype) else value  # a type; a function stays text
-        return value
-
-    def nested(entry: Any) -> Any:
-        inner, inner_arguments = name_and_arguments(entry)
-        built = per_image(inner, inner_arguments)
-        if built is None:
-            raise ValueError(f"torchvision has no transform {inner!r}")
-        return built.transform
-
-    built = found(**{key: plain(key, value) for key, value in arguments.items()})
-    built.register_forward_hook(_check_result)  # of those in a list within it too
-    return PerImage(built)
-
-
-def _check_result(transform: Any, given: Any, result: Any) -> None:
-    if isinstance(result, Tensor) and result.ndim > 1:
-        _check_size(*result.shape[-2:])
-
-
-def name_and_arguments(entry: Any) -> tuple[str, dict[str, Any]]:
-    """Of an entry of a YAML list, `Name` or `Name: {argument: value}`."""
-    name, arguments = next(iter(entry.items())) if isinstance(entry, dict) and len(entry) == 1 else (entry, None)
-    if not isinstance(name, str) or not isinstance(arguments or {}, dict):
-        raise ValueError(f"{entry!r}: expected Name or Name: {{argument: value}}")
-    return name, arguments or {}
-
-
-def check_arguments(listed: Any) -> None:
-    """Refuse a list of transforms whose work or memory would have no bound.
-
-    Raises:
-        ValueError: a size, a number, a text or the list itself is too large, or a value is not plain.
-    """
-    if not isinstance(listed, (list, tuple)):
-        raise ValueError(f"it is {type(listed).__name__}; expected a list of transforms")
-    waiting: list[tuple[str, Any, int]] = [("", listed, 0)]
-    seen = 0
-    while waiting:
-        name, value, level = waiting.pop()
-        inside = len(value) if isinstance(value, (dict, list, tuple)) else 0
-        seen += 1
-        if seen + len(waiting) + inside > MOST_VALUES or level > MOST_NESTED:
-            raise ValueError(f"it holds more than {MOST_VALUES:,} values, or more than {MOST_NESTED} levels of them")
-        if isinstance(value, dict):
-            for key in value:
-                _check_value("a name", key)
-                if not isinstance(key, str):
-                    raise ValueError(f"{key!r} is no name; expected Name or Name: {{argument: value}}")
-            waiting += [(key, one, level + 1) for key, one in value.items()]
-        elif isinstance(value, (list, tuple)):
-            if name in ("size", "target_size") and len(value) == 2 and all(isinstance(one, int) for one in value):
-                _check_size(*value)
-            waiting += [(f"{name} ", one, level + 1) for one in value]  # one of several: no square, if it is a size
-        else:
-            _check_value(name, value)
-
-
-def _check_value(name: str, value: Any) -> None:
-    """Refuse a number or text that is too large, and what is neither."""
-    if isinstance(value, str):
-        if len(value) > MOST_TEXT:
-            raise ValueError(f"{name.strip()} has {len(value):,} characters; expected at most {MOST_TEXT}")
-    elif isinstance(value, (int, float)):
-        most = MOST.get(name.strip(), MOST_NUMBER)
-        if not -most <= value <= most:  # so no NaN either
-            raise ValueError(f"{name.strip()}={str(value)[:20] if abs(value) < 1e99 else 'more'}: at most {most:,}")
-        if name.endswith("size"):
-            _check_size(int(value), int(value))
-    elif value is not None:
-        raise ValueError(f"{name.strip()} is {type(value).__name__}; expected numbers, texts and lists of them")
-
-
-def apply(transforms: Sequence[tuple[int, Any]], images: Tensor, draws: Draws | None) -> Tensor:
-    """Transform a batch; every transform comes with its place in the YAML's list.
-
-    Raises:
-        RunError: a transform does not fit the images.
-    """
-    for place, transform in transforms:
-        if transform.needs_float:
-            images = to_float(images)
-        try:
-            images = transform(images, draws.at(place)) if transform.random and draws else transform(images)
-        except Exception as error:  # torchvision's raise what comes; the cause is kept
-            if out_of_memory(error, len(images)):
-                raise
-            name = type(transform.transform if isinstance(transform, PerImage) else transform).__name__
-            kind = "" if isinstance(error, (ValueError, TypeError, RuntimeError)) else f"{type(error).__name__}: "
-            raise RunError(
-                f"transform {name} (number {place + 1}) does not fit images {list(images.shape[1:])}: "
-                f"{kind}{one_line(error)}"
-            ) from error
-    return images
-
-
-def resized_to(transforms: Sequence[Any]) -> tuple[int, int] | None:
-    """(height, width) of the Resize that images meet first, or None."""
-    if transforms and isinstance(transforms[0], Resize):
-        size = transforms[0].size
-        return (size[0], size[-1])
-    return None

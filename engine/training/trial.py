@@ -17,11 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-import datasets
+from engine.data.batches import Batches
+from engine.data.images import ImageFiles
 from engine.errors import RequestError, RunError, one_line, out_of_memory
-from engine.loader import Batches
-from engine.metrics import Tally
-from engine.saver import RandomStates, state_names
+from engine.run.saver import state_names
+from engine.run.state import RandomStates
+from engine.training.metrics import Tally
 
 # What torch and models raise at images, labels or sizes that do not fit. Anything else is a bug in a model or a loss.
 MISFITS = (RuntimeError, ValueError, TypeError, IndexError, AssertionError, Warning)
@@ -132,7 +133,7 @@ def _label_maker(criterion: nn.Module, batches: Batches, num_classes: int) -> Ca
             _loss(criterion, logits, probabilities(count))
         except RequestError:
             raise error from error.__cause__
-        if transform is not None or isinstance(batches.split.part, (tuple, datasets.ImageFiles)):
+        if transform is not None or isinstance(batches.split.part, (tuple, ImageFiles)):
             raise RequestError(
                 f"{error}; dataset.target_transform=torch.nn.functional.one_hot would make labels that fit"
             ) from error

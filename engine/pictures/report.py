@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from engine import compare
 from engine.errors import one_line, printable
-from engine.runs import log
+from engine.run import compare
+from engine.terminal import log
 
 if TYPE_CHECKING:  # a sweep draws without torch
     from matplotlib.axes import Axes
@@ -522,7 +522,7 @@ def mistakes_figure(
     names: Sequence[str] = (),
 ) -> Figure:
     """The figure of `mistakes`."""
-    from engine.augment import Normalize
+    from engine.data.augment import Normalize
 
     for transform in reversed(transforms):
         if isinstance(transform, Normalize):

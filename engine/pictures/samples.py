@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import datasets
-from engine.augment import Normalize
+from engine.data.augment import Normalize
+from engine.data.batches import Batches
+from engine.data.images import UNREADABLE, ImageFiles
+from engine.data.splits import Split, load_splits
+from engine.data.transforms import parse_transforms
 from engine.errors import RequestError, RunError, one_line, printable
-from engine.images import UNREADABLE
-from engine.loader import Batches, Split, load_splits, parse_transforms
-from engine.metrics import class_of
 from engine.terminal import watched
+from engine.training.metrics import class_of
 
 BATCH = 256  # samples read at once for the statistics
 
@@ -68,7 +69,7 @@ def _all_unreadable(splits: dict[str, Split], error: RunError) -> RunError:
     """The error of the first image that cannot be read, with the number of all: every file is tried."""
     counts = {}
     for name, split in splits.items():
-        if isinstance(split.part, datasets.ImageFiles) and split.indices is not None:
+        if isinstance(split.part, ImageFiles) and split.indices is not None:
             rows = watched(split.indices.tolist(), f"checking {name}", len(split))
             counts[name] = sum(not _can_be_read(split.part, row) for row in rows)
     number = sum(counts.values())
@@ -78,7 +79,7 @@ def _all_unreadable(splits: dict[str, Split], error: RunError) -> RunError:
     return type(error)(f"{number:,} images cannot be read ({parts}); the first: {error}")
 
 
-def _can_be_read(files: datasets.ImageFiles, row: int) -> bool:
+def _can_be_read(files: ImageFiles, row: int) -> bool:
     try:
         files.read(row)
     except RequestError:

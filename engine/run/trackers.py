@@ -19,8 +19,7 @@ from typing import Any, Protocol
 
 from engine import files
 from engine.errors import RequestError, one_line
-
-log = logging.getLogger("run")
+from engine.terminal import log
 
 # What a tracker needs, and the extra that brings it. csv needs nothing: the run writes metrics.csv whatever is chosen.
 PACKAGES: dict[str, str | None] = {"csv": None, "tensorboard": "tensorboard", "mlflow": "mlflow", "wandb": "wandb"}

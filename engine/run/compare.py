@@ -21,8 +21,9 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from engine import files, runs, trust
+from engine import files
 from engine.errors import RequestError, RunError, did_you_mean, one_line, shortened
+from engine.run import runs, trust
 
 Row = dict[str, Any]
 

@@ -27,9 +27,10 @@ import torch
 from torch import Tensor
 
 from engine import files as safe
-from engine.augment import Resize, to_float
+from engine.data.augment import Resize, to_float
+from engine.data.reader import Reader, cannot_be_read
+from engine.data.workers import Workers, cores
 from engine.errors import RequestError, RunError, one_line, printable
-from engine.reader import Reader, Workers, cannot_be_read, cores
 from engine.terminal import watched
 
 Cache = tuple[Tensor, dict[int, str]]

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from engine import runs, trust
 from engine.config import as_typed, check_value, leaves
 from engine.errors import RequestError, shortened
+from engine.run import runs, trust
 
 # What may change without changing the weights of the epochs that were planned.
 FREE = (

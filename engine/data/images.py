@@ -9,14 +9,16 @@ import io
 import os
 import struct
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import BinaryIO
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from engine.errors import RequestError, one_line, printable
 from engine.files import open_regular
@@ -213,3 +215,79 @@ def _eight_bits(image: Image.Image, channels: int) -> np.ndarray:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), coloured)
     mode = "L" if channels == 1 else "RGB"
     return np.asarray(image if image.mode == mode else image.convert(mode))  # bytes that nobody else has
+
+
+Part = tuple[Tensor, Tensor] | Dataset  # (images uint8 [n, channels, height, width], labels int64 [n]), or any Dataset
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """Samples for training and for the final test, and what their labels mean.
+
+    Attributes:
+        train, test: `(images, labels)` in memory, uint8 `[n, channels, height, width]` and int64 `[n]`; or a
+            `torch.utils.data.Dataset` of `(image, label)`, its images uint8 `[channels, height, width]` (or float, 0 to
+            1), its labels class indices or probabilities `[num_classes]`. The labels of a map-style one are in
+            `.targets` where they can be had without reading the samples; validation is then held out class by class.
+        classes: the class names; label `i` means `classes[i]`.
+            A name stands for one class, and there are at least two of them.
+        sampler: for an order of training samples other than a shuffle: called every epoch with the indices of the
+            training samples (int64 `[n]`, without those held out for validation), returns a `torch` Sampler or any
+            iterable with a length, of places in that list: `lambda i: WeightedRandomSampler(weights[i], 1000)`.
+        val: samples for validation; None has a share of `train` held out, `dataset.val_fraction`.
+    """
+
+    train: Part
+    test: Part
+    classes: Sequence[str]
+    sampler: Callable[[Tensor], Iterable[int]] | None = None
+    val: Part | None = None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Image files
+
+
+class ImageFiles(Dataset):
+    """Image files and their labels.
+
+    Args:
+        paths: one a sample.
+        labels: class indices, as many.
+        channels: 1 for grey, 3 for RGB.
+        max_pixels: width times height allowed.
+        name: tells parts of the same folder apart, for their caches.
+        no_files: those of the paths that are known to lead to no regular file.
+
+    Attributes:
+        targets: int64 `[n]`, the labels.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[str],
+        labels: Sequence[int],
+        channels: int = 3,
+        max_pixels: int = MAX_PIXELS,
+        name: str = "",
+        no_files: Collection[str] = (),
+    ) -> None:
+        self.paths = np.array(paths, dtype=np.str_)  # one block: workers that touch no Python object copy no memory
+        self.targets = torch.tensor(labels, dtype=torch.int64)
+        self.channels, self.max_pixels, self.name, self.no_files = channels, max_pixels, name, no_files
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.read(index), int(self.targets[index])
+
+    def read(self, index: int, at_least: tuple[int, int] | None = None) -> Tensor:
+        """The image alone; `at_least` as in `read_image`."""
+        return read_image(str(self.paths[index]), self.channels, self.max_pixels, at_least)
+
+    def part(self, chosen: Tensor, name: str) -> ImageFiles:
+        """The samples of a mask, in their order."""
+        rows = chosen.nonzero().flatten()
+        paths, labels = self.paths[rows.numpy()].tolist(), self.targets[rows].tolist()
+        return ImageFiles(paths, labels, self.channels, self.max_pixels, name, self.no_files)

@@ -6,7 +6,7 @@ A file is data. What it names is looked up in what is here, and nowhere else:
     a model without YAML   a class that a file of models/ defines, or a classification model of torchvision
     a value                held against the YAML here as if it were typed, and taken if it is a number, true, false,
                            null, one of the texts that the YAML lists, or (but for a data set) a plain word
-    transforms             lists of names and plain arguments; `engine.loader.parse_transforms` knows the names
+    transforms             lists of names and plain arguments; `engine.data.transforms.parse_transforms` knows the names
 
 Everything else -- paths, addresses, names to import, where a tracker sends to -- comes from the command line or from
 here. Only a configuration that was typed here counts as typed: it is signed with a key that this program keeps for its

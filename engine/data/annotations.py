@@ -8,10 +8,10 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from engine.data.folders import some
+from engine.data.images import EXTENSIONS, shown
 from engine.errors import RequestError, one_line, printable
 from engine.files import read_text
-from engine.folders import some
-from engine.images import EXTENSIONS, shown
 from engine.terminal import watched
 
 MOST_TEXT = 1 << 28  # bytes of a CSV file

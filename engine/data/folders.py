@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import combinations
 from pathlib import Path
 
+from engine.data.images import EXTENSIONS, shown
 from engine.errors import RequestError, printable
-from engine.images import EXTENSIONS, shown
 from engine.terminal import watched
 
 # The folders of the parts of a data set; another spelling, such as Testing, is asked about and not taken for a class.

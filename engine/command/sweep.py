@@ -42,8 +42,10 @@ from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from engine import compare, files, runs, terminal, trust
+from engine import files, terminal
+from engine.config import ROOT
 from engine.errors import Interrupted, RequestError, RunError, interrupt_behind, one_line, printable
+from engine.run import compare, runs, trust
 
 INSTALL = "pip install '.[sweep]'"
 UNIMPORTANT = (*compare.NOT_COMPARED, "name", "resume", "resume_changed", "checkpoint", "device", "num_workers")
@@ -139,8 +141,8 @@ def start(config: DictConfig, check: Callable[[DictConfig], Any]) -> None:
         raise
 
     _started = Sweep(directory, len(_journal(directory)))
-    paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path and path != _root()]
-    os.environ["PYTHONPATH"] = os.pathsep.join([_root(), *paths])  # jobs in processes of their own import from there
+    paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path and path != str(ROOT)]
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *paths])  # jobs in processes of their own import from there
     signal.signal(signal.SIGTERM, _terminate)  # so that launchers take their processes down with them
     if "submitit" in str(config.hydra.launcher._target_):
         threading.Thread(target=_tell_news, args=(_started,), daemon=True).start()
@@ -159,10 +161,6 @@ def _tell_news(sweep: Sweep) -> None:
                 _say(f"job {record['job']} ({' '.join(record['overrides'])}): finished, {record['run']}")
             else:
                 _report(record, record["reason"])
-
-
-def _root() -> str:
-    return str(Path(__file__).resolve().parent.parent)
 
 
 def _terminate(*_: Any) -> None:
@@ -568,7 +566,7 @@ def summary(directory: Path, rows: list[dict[str, Any]]) -> str:
         text += f"\ntable    {directory / 'sweep.csv'}"
     except RunError as error:
         text += f"\ntable    not written: {one_line(error)}"
-    from engine import report  # NumPy takes its time
+    from engine.pictures import report  # NumPy takes its time
 
     if report.sweep(rows, shown, best_by, directory / "sweep.png"):
         text += f"\npicture  {directory / 'sweep.png'}"

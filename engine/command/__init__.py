@@ -1,0 +1,1 @@
+"""From a typed command line to main(): help, completion, refusals, resuming, sweeps. Nothing here imports torch."""

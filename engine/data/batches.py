@@ -1,0 +1,318 @@
+"""From samples to batches on the device.
+
+The order of the samples is a function of (seed, epoch), what augmentation does to a sample of (seed, epoch, index): the
+number of workers, the batch size and where a run was resumed change neither.
+
+Three ways lead to a batch: samples in memory are gathered by an index tensor; those of a `Dataset`, and those that a
+transform has to see one at a time, are read in worker processes; an iterable-style `Dataset` is read as it comes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.data.augment import Resize, to_float
+from engine.data.devices import on_device, place
+from engine.data.draws import Draws, own_randomness, sample_seed, seed_everything
+from engine.data.images import ImageFiles, open_image
+from engine.data.reader import Reader, Stream, users_code
+from engine.data.splits import Split
+from engine.data.transforms import PerImage, apply, parse_transforms
+from engine.data.workers import Workers, cores
+from engine.errors import RequestError, RunError, one_line, out_of_memory
+from engine.terminal import log, watched
+
+MOST_OF_STREAM = 1 << 24  # samples of a batch; of other data sets there are only so many
+AHEAD = 8192  # samples whose random numbers are drawn at once
+GATHER = 1 << 21  # bytes of float images that are made at once: small batches cost less together
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches
+
+
+class Batches:
+    """The batches of a split: `for images, labels in batches.epoch(3): ...`.
+
+    Args:
+        split: the samples.
+        transforms: the YAML's list for this phase.
+        config: the run's; batch_size, seed, num_workers and limit_batches are used.
+        device: where the batches come out.
+        training: shuffle and drop the last batch as the configuration says.
+
+    Batches are floats `[batch, channels, height, width]`, 0 to 1 before `Normalize`, and labels int64 `[batch]`, or
+    float `[batch, num_classes]` where the data set or `target_transform` gives probabilities.
+
+    Raises:
+        RequestError: the transforms or the number of samples do not fit.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        transforms: Sequence[Any],
+        config: dict[str, Any],
+        device: torch.device,
+        training: bool = False,
+    ) -> None:
+        self.split, self.device, self.training = split, device, training
+        self.batch_size: int = config["batch_size"]
+        self.seed: int = config["seed"]
+        self.shuffle = training and config["shuffle"]
+        self.drop_last = training and config["drop_last"]
+        self.limit: int | None = config["limit_batches"]
+        option = f"dataset.{'train' if training else 'eval'}_transforms"
+        parsed = parse_transforms(transforms, option)
+        self.size = self._count_samples()
+        if self.drop_last and split.indices is not None and self.size < self.batch_size:
+            raise RequestError(
+                f"drop_last=true leaves no batch: {self.size} training samples, batch_size={self.batch_size}; "
+                "lower batch_size"
+            )
+        in_memory = isinstance(split.part, tuple)
+        alone = _run_alone(parsed, in_memory)
+        self.later = list(enumerate(parsed))[alone:]  # these run on batches, on the device
+        self.draws = any(transform.random for _, transform in self.later)
+        self.resident: tuple[Tensor, Tensor] | None = None
+        self.together = self.batch_size  # samples that are gathered and transformed at once: whole batches
+        self.workers: Workers | None = None
+        self._stream: Stream | None = None
+        self._shape: tuple[int, int, int] | None = None
+        skip = training and split.skip_unreadable
+        reader = Reader(split.part, parsed[:alone], self.seed, split.num_classes, skip, training)
+        self.reader = reader
+        if split.indices is None:
+            if self.batch_size > MOST_OF_STREAM:
+                raise RequestError(
+                    f"batch_size={self.batch_size}: of {type(split.part).__name__}, which is iterable-style, "
+                    f"at most {MOST_OF_STREAM:,} samples are read for a batch"
+                )
+            self._stream = Stream(reader)
+        elif in_memory and alone == 0:
+            self.resident = place(split.part, device)
+            size = self.batch_size * 4 * math.prod(self.sample_shape())  # of a batch, as floats
+            if size % 64 == 0:  # so every batch lies as it would alone: arithmetic may depend on where memory begins
+                self.together *= max(1, GATHER // size)
+        else:
+            count = cores() if config["num_workers"] is None else config["num_workers"]
+            # More workers than batches would have nothing to do.
+            self.workers = Workers(reader, min(count, len(self)), min(self.batch_size, self.size))
+            if isinstance(split.part, ImageFiles) and alone == 0:
+                _check_sizes(split, option)
+
+    def _count_samples(self) -> int:
+        """Samples of an epoch, before the last batch is dropped or `limit_batches` cuts."""
+        if self.training and self.split.sampler is not None:
+            with own_randomness():
+                with users_code("dataset: its sampler"):
+                    sampler = self.split.sampler(self.split.indices)  # type: ignore[arg-type]
+                if not hasattr(sampler, "__len__"):
+                    raise RequestError(f"dataset: its sampler {type(sampler).__name__} has no length; give it one")
+                count = len(sampler)  # type: ignore[arg-type]
+                if count == 0:
+                    raise RequestError(f"dataset: its sampler {type(sampler).__name__} gives no sample")
+                return count
+        if self.training and self.split.indices is None:
+            return (self.split.steps or 0) * self.batch_size
+        return len(self.split)
+
+    def __len__(self) -> int:
+        whole, rest = divmod(self.size, self.batch_size)
+        count = whole + 1 if rest and not self.drop_last else whole
+        return count if self.limit is None else min(count, self.limit)
+
+    @property
+    def num_samples(self) -> int:
+        """Samples in an epoch."""
+        return min(self.size, len(self) * self.batch_size)
+
+    def order(self, epoch: int) -> Tensor:
+        """The sample indices of an epoch, int64 `[n]`, in the order in which they are seen."""
+        indices = self.split.indices
+        assert indices is not None
+        if self.training and self.split.sampler is not None:
+            with own_randomness():
+                seed_everything(int(sample_seed(self.seed, epoch)))
+                with users_code("dataset: its sampler"):
+                    places = torch.tensor([int(place) for place in self.split.sampler(indices)], dtype=torch.int64)
+            if len(places) != self.size or not ((places >= 0) & (places < len(indices))).all():
+                found = f" from {int(places.min())} to {int(places.max())}" if len(places) else ""
+                raise RunError(
+                    f"dataset: its sampler gave {len(places)} places{found}; "
+                    f"expected {self.size}, from 0 to {len(indices) - 1}"
+                )
+            return indices[places]
+        if not self.shuffle:
+            return indices
+        bits = int(sample_seed(self.seed, epoch))
+        return indices[torch.randperm(len(indices), generator=torch.Generator().manual_seed(bits))]
+
+    def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of an epoch, from number `start` on.
+
+        Raises:
+            RunError: samples that cannot be read, or do not fit together or into memory.
+        """
+        if start and start >= len(self):
+            return  # resumed where the last batch was done
+        with self._memory_told(self.batch_size):
+            yield from self._epoch(epoch, start)
+
+    @contextmanager
+    def _memory_told(self, samples: int) -> Iterator[None]:
+        """Tell in one line that there is not memory enough for a batch of so many."""
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            said = out_of_memory(error, samples)
+            if said is None:
+                raise
+            what = "a batch" if samples > 1 else "one image"
+            raise RunError(f"{said} ({what} for {self.device}: {one_line(error, 160)})") from error
+
+    def _epoch(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+        target_transform = self.split.target_transform if self.training else None
+        first = start * self.batch_size
+        order = None if self._stream is not None else self.order(epoch)[first : len(self) * self.batch_size]
+        if order is None:
+            source = self._from_stream(epoch, start)
+            source = source if self.device.type == "cpu" else on_device(source, self.device)
+        elif self.resident is not None:
+            source = self._gather(order)
+        else:
+            source = self._read(epoch, order)
+        done, group = 0, self.together * max(1, AHEAD // self.together)
+        for images, labels in source:
+            if self.draws:
+                if done % group == 0:
+                    if order is None:  # a stream's samples are only numbered
+                        index = torch.arange(first + done, first + done + group)
+                    else:
+                        index = order[done : done + group]
+                    ahead = Draws(self.seed, epoch, index)
+                images = apply(self.later, images, ahead.window(done % group, len(images)))
+                done += len(images)
+            elif self.later:
+                images = apply(self.later, images, None)
+            images = to_float(images)
+            for x, y in zip(images.split(self.batch_size), labels.split(self.batch_size), strict=True):
+                yield x, y if target_transform is None else self._targets(target_transform, y)
+
+    __iter__ = epoch
+
+    def _gather(self, order: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches of samples that are in memory, `together` samples at once."""
+        images, labels = self.resident  # type: ignore[misc]
+        order = order.to(images.device)
+        indices, labels = order.split(self.together), labels.index_select(0, order)
+        batches = ((images.index_select(0, i), y) for i, y in zip(indices, labels.split(self.together), strict=True))
+        return batches if images.device.type == self.device.type else on_device(batches, self.device)
+
+    def _read(self, epoch: int, order: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches of samples that are read one at a time."""
+        assert self.workers is not None
+        skipped: list[str] = []
+        batches = self._noting(self.workers.read(epoch, order.split(self.batch_size)), skipped)
+        yield from batches if self.device.type == "cpu" else on_device(batches, self.device)
+        if skipped:
+            images = "1 image" if len(skipped) == 1 else f"{len(skipped):,} images"
+            log.warning(f"epoch {epoch}: {images} could not be read and skipped; the first: {skipped[0]}")
+
+    def _noting(self, batches: Iterable[Any], skipped: list[str]) -> Iterator[tuple[Tensor, Tensor]]:
+        for images, labels, unread in batches:
+            skipped.extend(unread)
+            yield images, labels
+
+    def _from_stream(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches of an iterable-style data set: training goes on where the last epoch ended, a test starts anew."""
+        assert self._stream is not None
+        if self.training:
+            first = ((max(epoch, 1) - 1) * len(self) + start) * self.batch_size
+            samples = self._stream.forever(first, self.split.limit)
+        else:
+            samples = self._stream.once(self.split.limit)
+        last = len(self) if self.training else self.limit
+        number = start
+        while (last is None or number < last) and (found := list(islice(samples, self.batch_size))):
+            index = torch.arange(len(found)) + number * self.batch_size
+            yield self.reader.prepare(epoch, index, found)
+            number += 1
+
+    def _targets(self, transform: Callable[[Tensor, int], Tensor], labels: Tensor) -> Tensor:
+        with users_code(f"dataset.target_transform of labels {list(labels.shape)}"):
+            made = transform(labels, self.split.num_classes)
+        if not isinstance(made, Tensor):
+            raise RunError(f"dataset.target_transform gave {type(made).__name__}; expected a tensor")
+        return made.float() if made.ndim == 2 else made
+
+    def sample_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of an image as the model gets it.
+
+        Raises:
+            RequestError: no image can be read, or the transforms do not fit it.
+        """
+        if self._shape is None:
+            try:
+                with own_randomness(), self._memory_told(1):
+                    images = apply(self.later, self._first(), Draws(self.seed, 1, torch.zeros(1, dtype=torch.int64)))
+            except RunError as error:
+                raise RequestError(str(error)) from error
+            self._shape = tuple(images.shape[1:])  # type: ignore[assignment]
+        return self._shape  # type: ignore[return-value]
+
+    def _first(self) -> Tensor:
+        """The first image that can be read, `[1, channels, height, width]`, on the device."""
+        if self._stream is not None:
+            found = next(self._stream.once(None), None)
+            if found is None:
+                raise RunError(f"{type(self.split.part).__name__} gives no sample")
+            return self.reader.prepare(1, torch.zeros(1, dtype=torch.int64), [found])[0].to(self.device)
+        indices = self.split.indices
+        assert indices is not None
+        if self.resident is not None:
+            images = self.resident[0]
+            return images[indices[:1].to(images.device)].to(self.device)
+        assert self.workers is not None
+        return self.workers.first(1, indices).to(self.device)
+
+
+def _run_alone(transforms: Sequence[Any], in_memory: bool) -> int:
+    """How many of the transforms, from the first on, have to see one image at a time.
+
+    All up to the last one that only torchvision has, and the first Resize of what is read from files, as their images
+    differ in size before it.
+    """
+    last = [place + 1 for place, transform in enumerate(transforms) if isinstance(transform, PerImage)][-1:]
+    resize = (
+        []
+        if in_memory
+        else [place + 1 for place, transform in enumerate(transforms) if isinstance(transform, Resize)][:1]
+    )
+    return max(last + resize, default=0)
+
+
+def _check_sizes(split: Split, option: str) -> None:
+    """Without a Resize, images of files must have one size; their headers tell before any is decoded."""
+    files, first = split.part, None
+    for index in watched(split.indices.tolist(), "looking at the images' sizes"):  # type: ignore[union-attr]
+        path = str(files.paths[index])
+        try:
+            with open_image(path) as image:
+                turned = image.size[0] != image.size[1] and image.getexif().get(274, 1) >= 5
+                size = image.size[::-1] if turned else image.size
+        except Exception:  # the reader says what is wrong with it
+            continue
+        if first is not None and size != first[0]:
+            raise RequestError(
+                f"images of different sizes: {first[1]} is {first[0][0]}x{first[0][1]}, {path} is {size[0]}x{size[1]}; "
+                f"put Resize: {{size: [height, width]}} first in {option}"
+            )
+        first = first or (size, path)

@@ -1,0 +1,93 @@
+"""Which device, and how data gets there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from functools import cache
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+from engine.errors import RequestError
+
+
+def choose_device(name: str) -> torch.device:
+    """The device that `device=` asks for; auto takes CUDA, else MPS, else the CPU.
+
+    Raises:
+        RequestError: it is not there.
+    """
+    found = [f"cuda:{i}" for i in range(torch.cuda.device_count())] + ["mps"] * torch.backends.mps.is_available()
+    if name == "auto":
+        return torch.device(found[0] if found else "cpu")
+    if name != "cpu" and name not in found and not (name == "cuda" and found and found[0].startswith("cuda")):
+        raise RequestError(f"device={name}: not on this machine; there is {', '.join([*found, 'cpu', 'auto'])}")
+    return torch.device(name)
+
+
+_placed: WeakValueDictionary[tuple[int, torch.device], Tensor] = WeakValueDictionary()  # in use on a device
+
+
+def place(part: tuple[Tensor, Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Samples on the device where they fit into half of its free memory, else where they are.
+
+    Training and validation samples are of one part, which is placed once.
+    """
+    if device.type == "cpu":
+        return part
+    size, known = part[0].numel(), (id(part[0]), device) in _placed
+    if device.type == "cuda" and not known and size > torch.cuda.mem_get_info(device)[0] // 2:
+        return part
+    copies = []
+    for tensor in part:
+        key = id(tensor), device  # whoever uses the copy holds the tensor too, so this stays its name
+        copy = _placed.get(key)
+        copies.append(tensor.to(device) if copy is None else copy)
+        _placed[key] = copies[-1]
+    return copies[0], copies[1]
+
+
+def on_device(batches: Iterable[tuple[Tensor, Tensor]], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of host memory on a device; to CUDA each is copied while the one before is used.
+
+    Only there: on MPS a copy that does not wait may read memory that is no longer what it was.
+    """
+    if device.type != "cuda":
+        for images, labels in batches:
+            yield images.to(device), labels.to(device)
+        return
+    for moved, arrived in one_ahead(_started_copies(batches, device)):
+        user = torch.cuda.current_stream(device)
+        user.wait_event(arrived)
+        for tensor in moved:
+            tensor.record_stream(user)  # its memory is not used again before the user's work is done
+        yield moved[0], moved[1]
+
+
+def _started_copies(batches: Iterable[tuple[Tensor, Tensor]], device: torch.device) -> Iterator[Any]:
+    """(images and labels, the event of their arrival), copied on a stream of their own beside the arithmetic."""
+    stream = _copying(device)
+    for batch in batches:
+        pinned = [tensor.pin_memory() for tensor in batch]  # only copies from such memory do not wait
+        with torch.cuda.stream(stream):
+            moved = [tensor.to(device, non_blocking=True) for tensor in pinned]
+            arrived = stream.record_event()
+        yield moved, arrived
+
+
+@cache
+def _copying(device: torch.device) -> torch.cuda.Stream:
+    """The stream that copies to a device; one for all, as the memory that one has used serves no other."""
+    return torch.cuda.Stream(device)
+
+
+def one_ahead(items: Iterable[Any]) -> Iterator[Any]:
+    """The same items, each of them asked for before the one before it is given."""
+    held: list[Any] = []
+    for item in items:
+        held.append(item)
+        if len(held) == 2:
+            yield held.pop(0)
+    yield from held
