@@ -56,7 +56,8 @@ def main(config: dict[str, Any]) -> float:
     if name not in splits:
         raise RequestError(f"split={name}: there is none with dataset.val_fraction={data['val_fraction']}")
     split = splits[name]
-    batches = Batches(split, data["eval_transforms"], config, device)
+    how = {key: config[key] for key in ("batch_size", "seed", "num_workers")}  # no limit: the whole split
+    batches = Batches(split, data["eval_transforms"], device, **how)
     model = model_of(saved, config, path, batches.sample_shape(), data_classes).to(device)
     checkpoint.check_finite(model, path)
     classes = [printable(known) for known in saved.get("classes", data_classes)]
@@ -142,8 +143,7 @@ def settings_for(saved: dict[str, Any], config: dict[str, Any], path: Path) -> d
     if dataset.get("cache"):
         print("dataset.cache=true: not used here, as evaluating writes nothing but its results")
     dataset = {**dataset, "target_transform": None, "cache": False}
-    how = {"seed": how["seed"], "batch_size": how["batch_size"], "limit_batches": None}  # the whole split
-    return {**config, "dataset": dataset, "choices": choices, **how}
+    return {**config, "dataset": dataset, "choices": choices, "seed": how["seed"], "batch_size": how["batch_size"]}
 
 
 def model_of(

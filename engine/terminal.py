@@ -126,6 +126,7 @@ def width() -> int | None:
 # Lines and bars
 
 log = logging.getLogger("run")  # to the terminal and to train.log
+log.setLevel(logging.DEBUG)  # whatever Hydra has done to the root's
 
 label = ""  # "job 3/12" while a job of a sweep runs in this process
 

@@ -22,7 +22,7 @@ from engine.config import build
 from engine.errors import Interrupted, RequestError, RunError, one_line, out_of_memory, shortened
 from engine.run import checkpoint
 from engine.run.runs import COLUMNS
-from engine.run.state import Counts, Progress, Stateful
+from engine.run.state import Progress, Stateful
 from engine.terminal import log
 
 Item = TypeVar("Item")
@@ -49,7 +49,7 @@ class Saver:
         every_steps: int | None,
     ) -> None:
         self.directory, self.about, self.parts = directory, about, parts
-        self.tally: Counts = parts["tally"]  # type: ignore[assignment]
+        self.tally: Any = parts["tally"]
         self.progress: Progress = parts["progress"]  # type: ignore[assignment]
         self.every_seconds = every_minutes * 60 if every_minutes else float("inf")
         self.every_steps = every_steps

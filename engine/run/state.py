@@ -22,16 +22,6 @@ class Stateful(Protocol):
         """Go on from it."""
 
 
-class Counts(Stateful, Protocol):
-    """The counts of an epoch's steps."""
-
-    def reset(self) -> None:
-        """Begin an epoch."""
-
-    def first_bad_step(self) -> int | None:
-        """The first step, from 0, whose loss is not a finite number."""
-
-
 class Progress:
     """Where a run is.
 
