@@ -13,6 +13,7 @@ import signal
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,6 @@ from engine.errors import RequestError, one_line, printable
 from engine.run import archive, trust
 
 FORMAT = 1
-MOST_VALUES, MOST_NESTED = 1_000_000, 32  # of numbers, texts and tensors in a checkpoint, and of levels
-MOST_TEXT, LONGEST_NAME = 1 << 24, 1000  # characters in a checkpoint, and of the name of a tensor or a setting
 MOST_PIXELS = 1 << 24  # numbers of an image as the model gets it; 2300x2300 in colour
 FIRST_SECONDS = 2.0  # of the processor, for building a model of no weights
 DOWNLOADS = {"weights": None, "weights_backbone": None, "pretrained": False}  # settings that fetch, and what stops that
@@ -66,7 +65,6 @@ def read(path: Path) -> dict[str, Any]:
         found = archive.load(path)
         if not isinstance(found, dict):
             raise ValueError(f"it holds {type(found).__name__}; expected a checkpoint or a state_dict")
-        _check_data(found, path.stat().st_size)
         if "format" not in found:
             inner = (found.get(key) for key in ("model", "state_dict", "model_state_dict"))
             found = {"model": next((state for state in inner if isinstance(state, dict)), found)}
@@ -77,40 +75,6 @@ def read(path: Path) -> dict[str, Any]:
         ) from None
     found["model"] = {strip_prefixes(name): tensor for name, tensor in found["model"].items()}
     return found
-
-
-def _check_data(value: Any, size: int) -> None:
-    """Refuse what no training run writes: it could be crafted to break, or to keep busy, what uses it.
-
-    What is referred to from many places counts as often as a walk through the whole would meet it.
-
-    Args:
-        value: what the file holds.
-        size: of the file, in bytes.
-
-    Raises:
-        ValueError: something else than tensors, numbers and text by name, or too much of it.
-    """
-    waiting, count, letters, numbers = [(value, 0)], 0, 0, 0
-    while waiting:
-        item, depth = waiting.pop()
-        count += 1
-        if depth > MOST_NESTED or count > MOST_VALUES:
-            raise ValueError(f"it has more than {MOST_VALUES:,} values, or {MOST_NESTED} levels of them")
-        if isinstance(item, dict):
-            if not all(isinstance(key, int) or len(key) <= LONGEST_NAME for key in item):
-                raise ValueError(f"it has names of more than {LONGEST_NAME:,} characters")
-            waiting += [(inner, depth + 1) for inner in item.values()]
-        elif isinstance(item, (list, tuple)):
-            waiting += [(inner, depth + 1) for inner in item]
-        elif isinstance(item, str):
-            letters += len(item)
-        elif isinstance(item, Tensor):
-            numbers += item.numel() * item.element_size()
-        elif item is not None and not isinstance(item, (int, float)):
-            raise ValueError(f"it holds {type(item).__name__}; expected tensors, numbers and text")
-    if letters > MOST_TEXT or numbers > 2 * size:
-        raise ValueError(f"it stands for {letters:,} characters and {numbers:,} bytes of numbers, more than it holds")
 
 
 def _check_checkpoint(found: dict[str, Any]) -> None:
@@ -143,8 +107,7 @@ def _check_checkpoint(found: dict[str, Any]) -> None:
 
 def strip_prefixes(name: str) -> str:
     """A parameter's own name, without `module.` before it and `_orig_mod.` anywhere, in any nesting."""
-    name = name.replace("_orig_mod.", "")
-    return re.sub(r"^(?:module\.)+", "", name)
+    return re.sub(r"^(?:module\.)+", "", name.replace("_orig_mod.", ""))
 
 
 def build_model(checkpoint: dict[str, Any], path: Path) -> nn.Module:
@@ -158,10 +121,8 @@ def build_model(checkpoint: dict[str, Any], path: Path) -> nn.Module:
     target, settings = trust.settings_of("model", config, path, ours=is_ours(checkpoint))
     settings |= {name: off for name, off in DOWNLOADS.items() if name in settings}  # the weights are in the file
     settings.setdefault("_target_", config["model"]["_target_"])
-    shape, num_classes = tuple(checkpoint["input_shape"]), len(checkpoint["classes"])
-
-    def construct() -> nn.Module:
-        return build(settings, f"{path}: model", target=target, input_shape=shape, num_classes=num_classes)
+    sizes = {"input_shape": tuple(checkpoint["input_shape"]), "num_classes": len(checkpoint["classes"])}
+    construct = partial(build, settings, f"{path}: model", target=target, **sizes)
 
     with torch.device("meta"), _patience(FIRST_SECONDS + 0.02 * len(state), path):  # sizes without memory
         draft = construct()
