@@ -72,18 +72,12 @@ def read_text(path: str | os.PathLike[str], at_most: int = MOST_TEXT) -> str:
     return read_bytes(path, at_most).decode("utf-8-sig")
 
 
-def read_yaml(path: str | os.PathLike[str]) -> Any:
-    """A YAML file as plain data; anchors, by which a few lines can stand for billions, are refused.
+def parse_yaml(text: str) -> Any:
+    """The plain data of a YAML text; anchors, by which a few lines can stand for billions, are refused.
 
     Raises:
-        OSError: it cannot be read, or is too large.
         ValueError: it is no YAML, or has anchors, or too many values or levels.
     """
-    return parse_yaml(read_text(path))
-
-
-def parse_yaml(text: str) -> Any:
-    """`read_yaml` of a text."""
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     depth = nodes = 0
     try:

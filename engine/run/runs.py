@@ -75,11 +75,9 @@ def create(config: dict[str, Any]) -> Path:
         RequestError: the name is taken or nothing can be written there.
     """
     name = config["name"]
-    draft = None
+    draft = RUNS / f".new-{socket.gethostname()}-{os.getpid()}-{time.time_ns()}"
     base = name or f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{config['choices']['model']}_{config['choices']['dataset']}"
     try:
-        RUNS.mkdir(parents=True, exist_ok=True)
-        draft = RUNS / f".new-{socket.gethostname()}-{os.getpid()}-{time.time_ns()}"
         (draft / ".hydra").mkdir(parents=True)
         runtime = HydraConfig.get()
         save_config(draft, config)
@@ -91,9 +89,8 @@ def create(config: dict[str, Any]) -> Path:
         _made.add(directory)
         _point_latest(directory)
     except (OSError, ValueError) as error:  # ValueError: text that is no UTF-8
-        if draft is not None:
-            _locks.pop(draft, io.StringIO()).close()
-            shutil.rmtree(draft, ignore_errors=True)
+        _locks.pop(draft, io.StringIO()).close()
+        shutil.rmtree(draft, ignore_errors=True)
         raise RequestError(f"the run directory cannot be made in {RUNS.resolve()}: {one_line(error)}") from None
     return directory
 
@@ -118,7 +115,7 @@ def reopen(config: dict[str, Any]) -> Path:
 def finished_before(config: dict[str, Any]) -> str:
     """What a resumed run came to, where it has finished, is whole, and no more is asked of it; else an empty text."""
     directory = Path(config["resume"])
-    summary, own = files.read_json(directory / "summary.json"), read_config(directory)
+    summary, (own, _) = files.read_json(directory / "summary.json"), trust.read_run(directory)
     if config["changed"] or any(config[key] != own.get(key) for key in ("epochs", "early_stopping")):
         return ""
     try:
@@ -186,8 +183,7 @@ def _claim(draft: Path, base: str, own_name: bool) -> Path:
     while True:
         directory = RUNS / (base if number == 1 else f"{base}_{number}")
         try:
-            draft.rename(directory)
-            return directory
+            return draft.rename(directory)
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                 raise
@@ -253,19 +249,6 @@ def find(run: str) -> Path:
             f"resume={shortened(run)}: no run there; expected a run's directory such as {example}, or latest"
         )
     return directory
-
-
-def read_config(directory: Path) -> dict[str, Any]:
-    """The configuration of a run, as plain data.
-
-    Raises:
-        RequestError: the file is damaged.
-    """
-    file = directory / ".hydra" / "config.yaml"
-    try:
-        return trust.parse_config(files.read_text(file))
-    except (OSError, ValueError) as error:
-        raise RequestError(f"{file}: not a run's configuration ({one_line(error)})") from None
 
 
 def all_directories(root: Path) -> list[Path]:
@@ -363,25 +346,19 @@ def write_metrics(path: Path, history: list[dict[str, Any]]) -> None:
 
 
 def _rounded(key: str, value: Any) -> Any:
-    if value is None:
-        return ""
     return round(value, 3 if key in ("seconds", "images_per_second") else 6) if isinstance(value, float) else value
 
 
 def environment() -> dict[str, Any]:
     """What a repetition needs to know of the machine: versions, processor, git commit."""
-    versions = {}
+    found: dict[str, Any] = {"python": platform.python_version()}
     for package in ("torch", "torchvision", "hydra-core", "numpy"):
         try:
-            versions[package] = version(package)
+            found[package] = version(package)
         except PackageNotFoundError:
-            versions[package] = "unknown"
-    return {
-        "python": platform.python_version(),
-        **versions,
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-        "git_commit": _git_commit(),
-    }
+            found[package] = "unknown"
+    found["machine"] = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"
+    return {**found, "git_commit": _git_commit()}
 
 
 def _git_commit() -> str | None:

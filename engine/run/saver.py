@@ -12,7 +12,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,7 +22,7 @@ from engine.config import build
 from engine.errors import Interrupted, RequestError, RunError, one_line, out_of_memory, shortened
 from engine.run import checkpoint
 from engine.run.runs import COLUMNS
-from engine.run.state import Counts, Progress, Stateful
+from engine.run.state import Progress
 from engine.terminal import log
 
 Item = TypeVar("Item")
@@ -35,7 +35,7 @@ class Saver:
     Args:
         directory: the run's.
         about: what both files say of the run (configuration, classes, input shape ...).
-        parts: what last.pt keeps; "model", "tally" and "progress" are among them.
+        parts: what last.pt keeps, by name: model, optimizer, scheduler, tally, progress and others with a state.
         every_minutes: save last.pt within an epoch after so long, or None.
         every_steps: and after so many steps, or None.
     """
@@ -44,13 +44,13 @@ class Saver:
         self,
         directory: Path,
         about: dict[str, Any],
-        parts: Mapping[str, Stateful],
+        parts: dict[str, Any],
         every_minutes: float | None,
         every_steps: int | None,
     ) -> None:
         self.directory, self.about, self.parts = directory, about, parts
-        self.tally: Counts = parts["tally"]  # type: ignore[assignment]
-        self.progress: Progress = parts["progress"]  # type: ignore[assignment]
+        self.tally, self.optimizer = parts["tally"], parts["optimizer"]
+        self.progress: Progress = parts["progress"]
         self.every_seconds = every_minutes * 60 if every_minutes else float("inf")
         self.every_steps = every_steps
         self.signal: int | None = None
@@ -84,11 +84,12 @@ class Saver:
         """Save last.pt if it is time to; leave if told to. Costs a microsecond otherwise."""
         now = time.monotonic()
         if self.signal is not None:
-            self._leave()
+            self._leave(self.signal)
         elif now - self._saved >= self.every_seconds or (
             self.every_steps and self.progress.batch % self.every_steps == 0
         ):
-            self.save_last()
+            self.check()
+            self._save_last()
         elif now - self._looked >= 1.0:  # looking waits for the device, so not at every step
             self.check()
             self._looked = now
@@ -97,15 +98,13 @@ class Saver:
         """The batches of an evaluation, which leaves between two of them when told to."""
         for batch in batches:
             if self.signal is not None:
-                self._leave()
+                self._leave(self.signal)
             yield batch
 
-    def _leave(self) -> None:
-        if (
-            self.progress.batch
-        ):  # between epochs last.pt is up to date (and the model may hold the best weights, for testing)
-            self.save_last()
-        number = self.signal or signal.SIGTERM
+    def _leave(self, number: int) -> None:
+        if self.progress.batch:  # between epochs last.pt is up to date, and the model may hold the best weights
+            self.check()
+            self._save_last()
         where = f"epoch {self.progress.epoch}, step {self.progress.batch}"
         name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
         raise Interrupted(
@@ -120,10 +119,9 @@ class Saver:
         """
         bad = self.tally.first_bad_step()
         weights = self.parts["model"].state_dict().values()
-        optimizer: torch.optim.Optimizer = self.parts["optimizer"]  # type: ignore[assignment]
         found = {
             "the loss": bad is not None,
-            "the learning rate": not all(math.isfinite(group["lr"]) for group in optimizer.param_groups),
+            "the learning rate": not all(math.isfinite(group["lr"]) for group in self.optimizer.param_groups),
             "a weight": not all(_finite(tensor) for tensor in weights),
             "the validation loss": not math.isfinite(val_loss or 0.0),
         }
@@ -156,15 +154,10 @@ class Saver:
         if best:
             state = {"model": self.parts["model"].state_dict(), "epoch": self.progress.best["epoch"]}
             checkpoint.write(self.directory / "best.pt", {**self.about, **state, "metrics": self.progress.best})
-        self._write_last()
+        self._save_last()
 
-    def save_last(self) -> None:
-        """Write last.pt within an epoch."""
-        self.check()
-        self._write_last()
-
-    def _write_last(self) -> None:
-        """Write last.pt, the one before it becomes previous.pt."""
+    def _save_last(self) -> None:
+        """Write last.pt of a state that `check` found good, the one before it becomes previous.pt."""
         last = self.directory / "last.pt"
         state = {**self.about, **{name: part.state_dict() for name, part in self.parts.items()}}
         checkpoint.write(last, state, keep=self.directory / "previous.pt")
@@ -208,14 +201,14 @@ class Saver:
         log.info(f"resumed  in epoch {self.progress.epoch}, after {self.progress.batch} steps")
 
     def _load(self, saved: dict[str, Any], changed: list[str], steps_per_epoch: int) -> None:
-        optimizer: torch.optim.Optimizer = self.parts["optimizer"]  # type: ignore[assignment]
+        optimizer = self.optimizer  # loading its state gives it other groups
         asked = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
         new_curve = bool(changed) or saved["config"]["epochs"] != self.about["config"]["epochs"]
         for name, part in self.parts.items():
             if name == "scheduler" and new_curve:
                 continue
             if name == "optimizer" and changed and not _fits(self.about["config"]["optimizer"], saved[name]):
-                log.info(f"changed  {type(optimizer).__name__} begins without averages: those saved are another kind's")
+                log.info(f"changed  {type(part).__name__} begins without averages: those saved are another kind's")
                 continue
             part.load_state_dict(saved[name])
         steps = saved["scheduler"]["steps"]
@@ -226,7 +219,7 @@ class Saver:
             # The schedule is led along its curve from the beginning, in the steps of this run.
             for group, settings in zip(optimizer.param_groups, asked, strict=True):
                 group.update(settings)
-            self.parts["scheduler"].start(steps)  # type: ignore[attr-defined]
+            self.parts["scheduler"].start(steps)
 
     def _compare(self, saved: dict[str, Any], changed: list[str]) -> None:
         if saved["data"] != self.about["data"] and not changed:
