@@ -50,11 +50,7 @@ def open_own(path: str | os.PathLike[str], mode: str = "a+b") -> Any:
 
 
 def read_bytes(path: str | os.PathLike[str], at_most: int) -> bytes:
-    """The content of a regular file of at most so many bytes.
-
-    Raises:
-        OSError: it cannot be read, or is larger.
-    """
+    """The content of a regular file of at most so many bytes; OSError if it is larger, or cannot be read."""
     with open_regular(path) as file:
         content = file.read(at_most + 1)
     if len(content) > at_most:

@@ -79,14 +79,8 @@ class _WithSmallTable:
 def _check_data(value: Any, size: int) -> None:
     """Refuse what no training run writes: it could be crafted to break, or to keep busy, what uses it.
 
-    What is referred to from many places counts as often as a walk through the whole would meet it.
-
-    Args:
-        value: what the file holds.
-        size: of the file, in bytes.
-
-    Raises:
-        ValueError: something else than tensors, numbers and text by name, or too much of it.
+    What is referred to from many places counts as often as a walk through the whole would meet it. The file has `size`
+    bytes.
     """
     waiting, count, letters, numbers = [(value, 0)], 0, 0, 0
     while waiting:

@@ -144,9 +144,6 @@ def _patience(seconds: float, path: Path) -> Iterator[None]:
     """Give up on what a file wants to be built when it took so much of the processor's time; waiting does not count.
 
     Building the largest models of torchvision takes less than a second; a file can ask for 10^9 layers.
-
-    Raises:
-        RequestError: the time is over.
     """
 
     def give_up(*_: object) -> None:
@@ -165,11 +162,7 @@ def _patience(seconds: float, path: Path) -> Iterator[None]:
 
 
 def check_fit(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
-    """Hold the names and shapes of weights against a model.
-
-    Raises:
-        RequestError: names or shapes differ; at most five are listed.
-    """
+    """Refuse (RequestError) weights whose names or shapes are not those of a model; at most five are listed."""
     own = model.state_dict()
     differences = [f"{name} is missing in the file" for name in own if name not in state]
     differences += [f"{name} is not in the model" for name in state if name not in own]
@@ -215,11 +208,7 @@ def check_finite(model: nn.Module, path: Path) -> None:
 
 
 def check_bare(config: dict[str, Any], path: Path) -> None:
-    """Refuse a bare state_dict unless model and data are named on the command line.
-
-    Raises:
-        RequestError: they are not.
-    """
+    """Refuse (RequestError) a bare state_dict unless model and data are named on the command line."""
     if not config.get("model") or not config.get("choices", {}).get("dataset"):
         raise RequestError(
             f"{path}: a bare state_dict, which tells neither model nor data; say which it is for: "
@@ -230,11 +219,7 @@ def check_bare(config: dict[str, Any], path: Path) -> None:
 def build_bare(
     state: dict[str, Tensor], config: dict[str, Any], input_shape: Sequence[int], num_classes: int, path: Path
 ) -> nn.Module:
-    """The model that the command line names, with the weights of a bare state_dict.
-
-    Raises:
-        RequestError: they do not fit.
-    """
+    """The model that the command line names with the weights of a bare state_dict, or RequestError."""
     model = build(config["model"], "model", input_shape=tuple(input_shape), num_classes=num_classes)
     load_weights(model, state, path)
     return model

@@ -37,11 +37,7 @@ COLUMNS = ("epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy", 
 
 
 def check_name(config: dict[str, Any]) -> None:
-    """Refuse the name of a new run if it is taken, or would have to be quoted in a shell.
-
-    Raises:
-        RequestError: the name cannot be used.
-    """
+    """Refuse (RequestError) the name of a new run if it is taken, or would have to be quoted in a shell."""
     name = config["name"]
     if name is None or config["resume"]:
         return
@@ -53,11 +49,7 @@ def check_name(config: dict[str, Any]) -> None:
 
 
 def check_plain(name: str) -> None:
-    """Refuse a name of a run or a sweep that would have to be quoted in a shell, or is too long.
-
-    Raises:
-        RequestError: says what is allowed.
-    """
+    """Refuse (RequestError) a name of a run or sweep that would have to be quoted in a shell, or is too long."""
     if not re.fullmatch(PLAIN_NAME, name) or name == "latest":
         allowed = "letters, digits, dots, dashes and underscores (and not 'latest')"
         raise RequestError(f"name={shortened(name)}: expected {allowed}")
@@ -96,11 +88,7 @@ def create(config: dict[str, Any]) -> Path:
 
 
 def reopen(config: dict[str, Any]) -> Path:
-    """The directory of the run that is resumed, locked.
-
-    Raises:
-        RequestError: it is in use.
-    """
+    """The directory of the run that is resumed, locked; RequestError if it is in use."""
     directory = Path(config["resume"])
     try:
         lock(directory)
@@ -235,11 +223,7 @@ def lock(directory: Path) -> None:
 
 
 def find(run: str) -> Path:
-    """The directory of a run named by `resume=`: a directory, a file in it, or `latest`.
-
-    Raises:
-        RequestError: there is no such run.
-    """
+    """The directory of a run named by `resume=` (itself, a file in it, `latest`); RequestError if there is none."""
     directory = newest() if run == "latest" else Path(run)
     if os.path.isfile(directory) or (directory.suffix == ".pt" and not os.path.exists(directory)):
         directory = directory.parent
@@ -268,11 +252,7 @@ def all_directories(root: Path) -> list[Path]:
 
 
 def newest() -> Path:
-    """The newest run's directory: the one that `latest` leads to, or where that is gone the newest there is.
-
-    Raises:
-        RequestError: there is none yet.
-    """
+    """The directory that `latest` leads to, or where that is gone the newest run's; RequestError if there is none."""
     latest = RUNS / "latest"
     if latest.is_symlink() and any((latest / name).exists() for name in (".hydra/config.yaml", "best.pt")):
         with contextlib.suppress(ValueError):  # it leads to somewhere else
@@ -283,11 +263,7 @@ def newest() -> Path:
 
 
 def newest_best() -> Path:
-    """best.pt of the newest run, which evaluation and prediction take when no checkpoint is named.
-
-    Raises:
-        RequestError: there is no run yet, or it was stopped before its first epoch was done.
-    """
+    """best.pt of the newest run, for want of a checkpoint that is named; RequestError if there is none yet."""
     directory = newest()
     if not (directory / "best.pt").is_file():
         raise RequestError(
@@ -305,11 +281,7 @@ class _Safe(logging.Formatter):
 
 
 def start_log(file: Path) -> None:
-    """Send the log to standard output and, with times, to a file.
-
-    Raises:
-        RequestError: the file cannot be opened.
-    """
+    """Send the log to standard output and, with times, to a file; RequestError if that cannot be opened."""
     stop_log()
     logging.raiseExceptions = False  # a full disk is told by what is lost, not by every line of the log
     log.setLevel(logging.DEBUG)

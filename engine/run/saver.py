@@ -51,6 +51,7 @@ class Saver:
         self.directory, self.about, self.parts = directory, about, parts
         self.tally, self.optimizer = parts["tally"], parts["optimizer"]
         self.progress: Progress = parts["progress"]
+        self.best, self.last, self.previous = (directory / f"{name}.pt" for name in ("best", "last", "previous"))
         self.every_seconds = every_minutes * 60 if every_minutes else float("inf")
         self.every_steps = every_steps
         self.signal: int | None = None
@@ -63,11 +64,7 @@ class Saver:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        """Put the signals' handlers back; that memory ran out is told in one line.
-
-        Raises:
-            RunError: it did, with the batch size to try.
-        """
+        """Put the signals' handlers back; that memory ran out becomes a RunError with the batch size to try."""
         for number, handler in getattr(self, "_handlers", {}).items():
             signal.signal(number, handler)
         said = error and out_of_memory(error, self.about["config"]["batch_size"])
@@ -112,17 +109,13 @@ class Saver:
         )
 
     def check(self, val_loss: float | None = None) -> None:
-        """Stop at a loss, a weight or a learning rate that is not a finite number.
-
-        Raises:
-            RunError: naming the epoch and step where it first appeared, and the last good checkpoint.
-        """
+        """Stop (RunError) at a loss, weight or rate that is not finite, naming step and last good checkpoint."""
         bad = self.tally.first_bad_step()
         weights = self.parts["model"].state_dict().values()
         found = {
             "the loss": bad is not None,
             "the learning rate": not all(math.isfinite(group["lr"]) for group in self.optimizer.param_groups),
-            "a weight": not all(_finite(tensor) for tensor in weights),
+            "a weight": not all(tensor.isfinite().all() for tensor in weights),
             "the validation loss": not math.isfinite(val_loss or 0.0),
         }
         what = next((name for name, is_bad in found.items() if is_bad), None)
@@ -138,12 +131,11 @@ class Saver:
         if not math.isfinite(test_loss):
             raise RunError(
                 f"the test loss is not a finite number, with the weights of epoch {self.progress.best['epoch']} in "
-                f"{self.directory / 'best.pt'}; {TRY}"
+                f"{self.best}; {TRY}"
             )
 
     def _last_good(self) -> str:
-        last = self.directory / "last.pt"
-        return f"the last good checkpoint is {last}" if last.exists() else "no checkpoint was saved yet"
+        return f"the last good checkpoint is {self.last}" if self.last.exists() else "no checkpoint was saved yet"
 
     def save_epoch(self, best: bool) -> None:
         """Write last.pt at the end of an epoch that `check` found good; before it best.pt, which it names the epoch of.
@@ -153,14 +145,13 @@ class Saver:
         """
         if best:
             state = {"model": self.parts["model"].state_dict(), "epoch": self.progress.best["epoch"]}
-            checkpoint.write(self.directory / "best.pt", {**self.about, **state, "metrics": self.progress.best})
+            checkpoint.write(self.best, {**self.about, **state, "metrics": self.progress.best})
         self._save_last()
 
     def _save_last(self) -> None:
         """Write last.pt of a state that `check` found good, the one before it becomes previous.pt."""
-        last = self.directory / "last.pt"
         state = {**self.about, **{name: part.state_dict() for name, part in self.parts.items()}}
-        checkpoint.write(last, state, keep=self.directory / "previous.pt")
+        checkpoint.write(self.last, state, keep=self.previous)
         self._saved = time.monotonic()
 
     def restore(self, changed: list[str], steps_per_epoch: int) -> None:
@@ -174,26 +165,25 @@ class Saver:
         Raises:
             RequestError: neither file can be used, or the data is not what the run was started with.
         """
-        last, previous = self.directory / "last.pt", self.directory / "previous.pt"
-        if not last.exists() and not previous.exists():
+        if not self.last.exists() and not self.previous.exists():
             log.info("resumed  from the beginning: nothing had been saved yet")
             return
         try:
-            saved = checkpoint.read(last)
+            saved = checkpoint.read(self.last)
         except RequestError as error:
-            log.info(f"{error}: going on from {previous}, the one before")
-            saved = checkpoint.read(previous)
+            log.info(f"{error}: going on from {self.previous}, the one before")
+            saved = checkpoint.read(self.previous)
         try:
             check_saved(saved, self.parts["model"])
         except (KeyError, ValueError, TypeError, AttributeError) as error:
-            raise RequestError(f"{last}: holds no run that can go on ({one_line(error)})") from None
+            raise RequestError(f"{self.last}: holds no run that can go on ({one_line(error)})") from None
         self._compare(saved, changed)
         try:
             self._load(saved, changed, steps_per_epoch)
         except (KeyError, ValueError, TypeError, RuntimeError, AttributeError, IndexError) as error:
             if said := out_of_memory(error, self.about["config"]["batch_size"]):
-                raise RunError(f"{last}: {said}") from error
-            raise RequestError(f"{last}: does not fit this run ({one_line(error)})") from error
+                raise RunError(f"{self.last}: {said}") from error
+            raise RequestError(f"{self.last}: does not fit this run ({one_line(error)})") from error
         if changed:
             steps = saved["progress"]["batch"]
             again = f" begins again from its first sample, with the weights of step {steps}" if steps else " is next"
@@ -288,7 +278,3 @@ def _fits(optimizer: dict[str, Any], saved: dict[str, Any]) -> bool:
     """Whether an optimizer of these settings finds what it needs in a saved state, which may be another kind's."""
     kept = {name for state in saved["state"].values() for name in state}
     return not kept or state_names(optimizer) <= kept
-
-
-def _finite(tensor: torch.Tensor) -> bool:
-    return not (tensor.is_floating_point() or tensor.is_complex()) or bool(tensor.isfinite().all())

@@ -81,10 +81,20 @@ def _key(make: bool) -> bytes | None:
     return None
 
 
-def signature(config: dict[str, Any] | str) -> str:
+def signature(config: dict[str, Any] | str, make_key: bool = True) -> str:
     """The sign, under this user's key, that a configuration was typed here; empty where no key can be kept."""
-    key = _key(make=True)
-    return _signed(config, key) if key else ""
+    text = config if isinstance(config, str) else json.dumps(config, sort_keys=True)
+    key = _key(make_key)
+    return hmac.new(key, text.encode(), hashlib.sha256).hexdigest() if key else ""
+
+
+def is_ours(config: dict[str, Any] | str, sign: Any) -> bool:
+    """Whether a configuration (or its file's text) bears this user's signature."""
+    try:
+        ours = signature(config, make_key=False)
+        return ours != "" and hmac.compare_digest(ours, str(sign))
+    except (TypeError, ValueError):  # it holds what no configuration does
+        return False
 
 
 SIGNATURE = "# signature: "  # the last line of a run's config.yaml
@@ -95,30 +105,12 @@ def with_signature(text: str) -> str:
     return f"{text}{SIGNATURE}{signature(text)}\n"
 
 
-def _signed(config: dict[str, Any] | str, key: bytes) -> str:
-    text = config if isinstance(config, str) else json.dumps(config, sort_keys=True)
-    return hmac.new(key, text.encode(), hashlib.sha256).hexdigest()
-
-
-def is_ours(config: dict[str, Any] | str, sign: Any) -> bool:
-    """Whether a configuration (or its file's text) bears this user's signature."""
-    key = _key(make=False)
-    try:
-        return key is not None and hmac.compare_digest(_signed(config, key), str(sign))
-    except (TypeError, ValueError):  # it holds what no configuration does
-        return False
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Names
 
 
 def choices(chosen: dict[str, Any], where: Path, directories: Sequence[Path] = (CONFIGS,)) -> dict[str, Any]:
-    """The options that a file names, once each is known to be one of its group here.
-
-    Raises:
-        RequestError: one is not.
-    """
+    """The options that a file names, once each is known to be one of its group here; RequestError if one is not."""
     known = group_options(directories)
     for group, option in chosen.items():
         for name in option if isinstance(option, list) and group == "logger" else [option]:
@@ -198,16 +190,16 @@ def settings_of(
     typed = {f"{group}.{name}": value for name, value in (typed or {}).items()}
     own = dict(leaves(config[group], known or {}, f"{group}."))
     result = {name: setting.default for name, setting in (known or {}).items()}
+    known = known or {name: Setting(name, None, "any", "", True, "") for name in {**own, **typed}}
     refused = []
     for name, value in {**own, **typed}.items():
         if name.endswith("._target_"):
             continue
-        setting = Setting(name, None, "any", "", True, "") if known is None else known.get(name)
         try:
-            check_value(name, value, {name: setting} if setting else known or {})
+            check_value(name, value, known)
         except RequestError as error:
             raise error if name in typed else RequestError(f"{where}: {error}") from None
-        if name in typed or ours or is_data(setting, value):
+        if name in typed or ours or is_data(known[name], value):
             result[name] = value
         elif name not in result or result[name] == "???":
             refused.append(f"{name}={_brief(value)}")
@@ -254,11 +246,7 @@ def evaluation_of(
 
 
 def _largest(shape: Sequence[int], transforms: list[Any], where: Path) -> int:
-    """The numbers that an image of a stranger's checkpoint may have on its way through the transforms.
-
-    Raises:
-        RequestError: they would be long at work on a single image.
-    """
+    """The numbers of an image on its way through a stranger's transforms, which may not be long at work on it."""
     sizes = [(key, item) for key, item in _items(transforms) if type(item) is int]
     side = max((item for _, item in sizes), default=1)
     window = max((item for key, item in sizes if key == "kernel_size"), default=1)
@@ -268,10 +256,8 @@ def _largest(shape: Sequence[int], transforms: list[Any], where: Path) -> int:
     return largest
 
 
-def is_data(setting: Setting | None, value: Any) -> bool:
+def is_data(setting: Setting, value: Any) -> bool:
     """Whether a value, already found valid, may come from a file of somebody else."""
-    if setting is None:
-        return False
     if value == setting.default and value != "???":
         return True
     if setting.name == "dataset.max_pixels":
@@ -432,7 +418,7 @@ def taken_over(
             check_value(name, before[name], known)
         except RequestError as error:
             raise RequestError(f"{where}: {error}") from None
-        if ours or is_data(known.get(name), before[name]):
+        if ours or is_data(known[name], before[name]):
             taken[name] = before[name]
         else:
             left.append(f"{name}={_brief(before[name])}")
