@@ -37,10 +37,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Of each file the tests that should notice, the fast ones first: they run in this order until one fails.
 TESTS: dict[str, Sequence[str]] = {
-    "engine/training/metrics.py": ["metrics"],
-    "engine/training/schedules.py": ["schedules"],
-    "engine/run/saver.py": ["progress", "reference", "checkpoint", "resume", "trial"],
-    "engine/run/state.py": ["progress", "reference", "checkpoint", "resume", "trial"],
+    "engine/training/metrics.py": ["training_metrics"],
+    "engine/training/schedules.py": ["training_schedules"],
+    "engine/run/saver.py": ["training_progress", "reference", "run_checkpoint", "run_resume", "training_trial"],
+    "engine/run/state.py": ["training_progress", "reference", "run_checkpoint", "run_resume", "training_trial"],
     "engine/data/splits.py": ["splits", "properties", "loader"],
     "engine/data/batches.py": ["splits", "properties", "augment_reference", "reference", "loader"],
     "engine/data/devices.py": ["loader"],
@@ -49,13 +49,13 @@ TESTS: dict[str, Sequence[str]] = {
     "engine/data/augment.py": ["augment_reference", "augment", "loader"],
     "engine/data/draws.py": ["augment_reference", "properties", "augment", "loader"],
     "engine/data/transforms.py": ["augment_reference", "augment", "loader"],
-    "engine/run/checkpoint.py": ["trust", "evaluate", "reference", "checkpoint"],
-    "engine/run/trust.py": ["trust", "checkpoint"],
-    "engine/run/archive.py": ["trust", "checkpoint"],
-    "engine/run/runs.py": ["train", "evaluate", "resume"],
-    "engine/command/resume.py": ["reference", "resume"],
+    "engine/run/checkpoint.py": ["run_trust", "evaluate", "reference", "run_checkpoint"],
+    "engine/run/trust.py": ["run_trust", "run_checkpoint"],
+    "engine/run/archive.py": ["run_trust", "run_checkpoint"],
+    "engine/run/runs.py": ["train", "evaluate", "run_resume"],
+    "engine/command/resume.py": ["reference", "run_resume"],
     "engine/command/sweep.py": ["sweep"],
-    "train.py": ["progress", "reference", "train", "resume"],
+    "train.py": ["training_progress", "reference", "train", "run_resume"],
 }
 IMPORTED = ("torch", "torchvision.transforms.v2", "numpy", "hydra", "pytest", "matplotlib.figure", "tqdm", "sklearn")
 SKIPPED = re.compile(r"__name__ == ")  # whether a program is started by hand

@@ -15,7 +15,6 @@ import inspect
 import math
 import os
 import re
-import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from engine.errors import RequestError, RunError, did_you_mean, one_line, shortened
+from engine.errors import RequestError, RunError, cause, did_you_mean, one_line, shortened
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs"
@@ -417,7 +416,7 @@ def locate(target: str, option: str) -> Any:
                 continue
             raise RequestError(f"{option}={target}: its module needs {error.name!r}, which is not installed") from None
         except Exception as error:
-            raise RequestError(f"{option}={target}: {module_name} cannot be imported: {_cause(error)}") from error
+            raise RequestError(f"{option}={target}: {module_name} cannot be imported: {cause(error)}") from error
         for part in parts[cut:]:
             if not hasattr(found, part):
                 near = did_you_mean(part, [n for n in vars(found) if not n.startswith("_")])
@@ -466,13 +465,4 @@ def build(
         raise
     except Exception as error:
         verb = "refuses its settings" if isinstance(error, (TypeError, ValueError)) else "fails"  # a bug of its own
-        raise RequestError(f"{group}: {name} {verb}: {_cause(error)}") from error
-
-
-def _cause(error: Exception) -> str:
-    """An exception of somebody else's code in one line, with the place where it was raised."""
-    if isinstance(error, SyntaxError):
-        return one_line(error)  # says its own place
-    at = traceback.extract_tb(error.__traceback__)[-1]
-    kind = "" if isinstance(error, (TypeError, ValueError, RuntimeError)) else f"{type(error).__name__}: "
-    return f"{kind}{one_line(error)} ({Path(at.filename).name}:{at.lineno})"
+        raise RequestError(f"{group}: {name} {verb}: {cause(error)}") from error

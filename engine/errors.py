@@ -1,8 +1,13 @@
 """The ways a run ends that are not our bug: each is one line for the user and an exit code."""
 
 import difflib
+import sysconfig
+import traceback
 import unicodedata
 from collections.abc import Iterable
+from pathlib import Path
+
+NOT_THE_USERS = ("site-packages", "dist-packages", sysconfig.get_path("stdlib"), str(Path(__file__).parent))
 
 
 class RunError(Exception):
@@ -60,6 +65,23 @@ def out_of_memory(error: BaseException, batch_size: int) -> str | None:
         return None
     half = f"try batch_size={batch_size // 2}" if batch_size > 1 else "try a smaller model or smaller images"
     return f"out of memory with batch_size={batch_size}; {half}"
+
+
+def cause(error: BaseException, named: bool = False) -> str:
+    """What code of the user's or of a library raised, on one line, and where: in the user's own file if it came by one.
+
+    Args:
+        error: as it was caught.
+        named: whether its type is told even where the text says enough without it.
+    """
+    common = type(error) in (TypeError, ValueError, RuntimeError, UserWarning, SyntaxError)
+    said = one_line(error, 200) if common and not named else f"{type(error).__name__}: {one_line(error, 200)}"
+    if isinstance(error, SyntaxError):
+        return said  # its text has the place
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if not any(place in frame.filename for place in NOT_THE_USERS)]
+    at = (own or frames)[-1]
+    return f"{said} ({Path(at.filename).name}:{at.lineno})"
 
 
 def interrupt_behind(error: BaseException | None) -> int | None:

@@ -50,11 +50,7 @@ def open_own(path: str | os.PathLike[str], mode: str = "a+b") -> Any:
 
 
 def read_bytes(path: str | os.PathLike[str], at_most: int) -> bytes:
-    """The content of a regular file of at most so many bytes.
-
-    Raises:
-        OSError: it cannot be read, or is larger.
-    """
+    """The content of a regular file of at most so many bytes; OSError if it is larger, or cannot be read."""
     with open_regular(path) as file:
         content = file.read(at_most + 1)
     if len(content) > at_most:
@@ -72,18 +68,12 @@ def read_text(path: str | os.PathLike[str], at_most: int = MOST_TEXT) -> str:
     return read_bytes(path, at_most).decode("utf-8-sig")
 
 
-def read_yaml(path: str | os.PathLike[str]) -> Any:
-    """A YAML file as plain data; anchors, by which a few lines can stand for billions, are refused.
+def parse_yaml(text: str) -> Any:
+    """The plain data of a YAML text; anchors, by which a few lines can stand for billions, are refused.
 
     Raises:
-        OSError: it cannot be read, or is too large.
         ValueError: it is no YAML, or has anchors, or too many values or levels.
     """
-    return parse_yaml(read_text(path))
-
-
-def parse_yaml(text: str) -> Any:
-    """`read_yaml` of a text."""
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     depth = nodes = 0
     try:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import sysconfig
-import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,9 +14,7 @@ from engine.data.augment import to_float
 from engine.data.draws import Draws, own_randomness, random_states, sample_seed, seed_everything, set_random_states
 from engine.data.images import ImageFiles
 from engine.data.transforms import apply, resized_to
-from engine.errors import RequestError, RunError, one_line, printable
-
-LIBRARIES = ("site-packages", "dist-packages", sysconfig.get_path("stdlib"), __file__)
+from engine.errors import RequestError, RunError, cause, printable
 
 
 @contextmanager
@@ -37,12 +32,7 @@ def users_code(what: str) -> Iterator[None]:
     except RunError:
         raise
     except Exception as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        own = [frame for frame in frames if not any(library in frame.filename for library in LIBRARIES)]
-        at = (own or frames)[-1]
-        raise RunError(
-            f"{what} raised {type(error).__name__}: {one_line(error, 200)} ({Path(at.filename).name}:{at.lineno})"
-        ) from error
+        raise RunError(f"{what} raised {cause(error, named=True)}") from error
 
 
 def cannot_be_read(errors: Sequence[str], all_of_them: str, training: bool) -> str:

@@ -8,11 +8,11 @@ what is allocated.
 
 from __future__ import annotations
 
+import copy
 import math
 import pickletools
 import struct
 import zipfile
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,10 +22,10 @@ from torch import Tensor
 from engine.files import open_regular
 
 MOST_DIRECTORY = 2 << 20  # bytes of the archive's table of contents; fewer than 100 a tensor
-MOST_PICKLE = 16 << 20  # bytes of the pickle: everything but the tensors' data
-MOST_OPERATIONS = 1_000_000
+MOST_PICKLE = 16 << 20  # bytes of the pickle, everything but the tensors' data; characters of all texts
+MOST_VALUES, MOST_NESTED = 1_000_000, 32  # operations of the pickle, and values that it makes; levels of them
 MOST_TENSORS = 30_000
-LONGEST_NAME = 200  # characters of what a pickle names
+LONGEST_NAME = 1000  # characters of the name of a tensor or a setting, and of what a pickle names
 STORAGES = {
     "FloatStorage": torch.float32,
     "DoubleStorage": torch.float64,
@@ -48,39 +48,60 @@ def load(path: Path) -> Any:
         ValueError: it is damaged, asks for anything to be called, or holds what is no plain data.
     """
     with open_regular(path) as file:
-        _check_directory(file)
+        size = file.seek(0, 2)
         try:
-            with zipfile.ZipFile(file) as archive:
-                return _Reader(archive).read()
+            with zipfile.ZipFile(_WithSmallTable(file)) as archive:
+                found = _Reader(archive, size).read()
         except (zipfile.BadZipFile, NotImplementedError, struct.error, EOFError) as error:
             raise ValueError(f"it is no archive of torch.save, or damaged: {error}") from None
         except RuntimeError as error:  # an encrypted record
             raise ValueError(str(error)) from None
+    _check_data(found, size)
+    return found
 
 
-def _check_directory(file: BinaryIO) -> None:
-    """Refuse an archive whose table of contents alone would take much time and memory to read."""
-    size = file.seek(0, 2)
-    file.seek(max(0, size - 65_557))  # the end record, and a comment of the greatest length
-    tail = file.read()
-    place = tail.rfind(b"PK\5\6")
-    if place < 0 or len(tail) - place < 22:
-        raise ValueError("it is no archive of torch.save, or cut off")
-    directory = int.from_bytes(tail[place + 12 : place + 16], "little")
-    if tail[max(0, place - 20) : place][:4] == b"PK\6\7":  # a locator: the record for large archives counts
-        named = int.from_bytes(tail[place - 12 : place - 4], "little")
-        before = size - len(tail) + place - 76  # where Python looks for it, whatever the locator says
-        file.seek(max(0, before))
-        records = [file.read(56)]
-        file.seek(min(named, size))
-        records.append(file.read(56))
-        sizes = [int.from_bytes(record[40:48], "little") for record in records if record[:4] == b"PK\6\6"]
-        directory = max([directory % 0xFFFFFFFF, *sizes])
-    elif directory == 0xFFFFFFFF:
-        raise ValueError("its table of contents cannot be found")
-    if directory > MOST_DIRECTORY:
-        raise ValueError(f"its table of contents takes {directory:,} bytes; that of a checkpoint is smaller")
-    file.seek(0)
+class _WithSmallTable:
+    """An archive's file, from which zipfile reads the table of contents in one piece, wherever it finds how long it is.
+
+    A large one would take much time and memory before anything of it is looked at; records are read in small pieces.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.seek, self.tell, self.seekable = file.seek, file.tell, file.seekable
+        self._read = file.read
+
+    def read(self, count: int = -1) -> bytes:
+        if count > MOST_DIRECTORY:
+            raise ValueError(f"its table of contents takes {count:,} bytes; that of a checkpoint is smaller")
+        return self._read(count)
+
+
+def _check_data(value: Any, size: int) -> None:
+    """Refuse what no training run writes: it could be crafted to break, or to keep busy, what uses it.
+
+    What is referred to from many places counts as often as a walk through the whole would meet it. The file has `size`
+    bytes.
+    """
+    waiting, count, letters, numbers = [(value, 0)], 0, 0, 0
+    while waiting:
+        item, depth = waiting.pop()
+        count += 1
+        if depth > MOST_NESTED or count > MOST_VALUES:
+            raise ValueError(f"it has more than {MOST_VALUES:,} values, or {MOST_NESTED} levels of them")
+        if isinstance(item, dict):
+            if not all(isinstance(key, int) or len(key) <= LONGEST_NAME for key in item):
+                raise ValueError(f"it has names of more than {LONGEST_NAME:,} characters")
+            waiting += [(inner, depth + 1) for inner in item.values()]
+        elif isinstance(item, (list, tuple)):
+            waiting += [(inner, depth + 1) for inner in item]
+        elif isinstance(item, str):
+            letters += len(item)
+        elif isinstance(item, Tensor):
+            numbers += item.numel() * item.element_size()
+        elif item is not None and not isinstance(item, (int, float)):
+            raise ValueError(f"it holds {type(item).__name__}; expected tensors, numbers and text")
+    if letters > MOST_PICKLE or numbers > 2 * size:
+        raise ValueError(f"it stands for {letters:,} characters and {numbers:,} bytes of numbers, more than it holds")
 
 
 class _Name:
@@ -95,86 +116,77 @@ class _Reader:
 
     Args:
         archive: the records data.pkl and data/KEY, below one folder.
+        size: of its file, in bytes.
     """
 
-    def __init__(self, archive: zipfile.ZipFile) -> None:
+    def __init__(self, archive: zipfile.ZipFile, size: int) -> None:
         self.archive = archive
         self.records = {record.filename: record for record in archive.infolist()}
         if any(record.compress_type != zipfile.ZIP_STORED for record in self.records.values()):
             raise ValueError("it is compressed, which torch.save never does")
-        if sum(record.file_size for record in archive.infolist()) > archive.fp.seek(0, 2):  # type: ignore[union-attr]
+        if sum(record.file_size for record in archive.infolist()) > size:
             raise ValueError("its records lie over each other")
         pickles = [name for name in self.records if name.count("/") == 1 and name.endswith("/data.pkl")]
         if len(pickles) != 1:
             raise ValueError("it has no data.pkl, so torch.save did not write it")
         self.folder = pickles[0].removesuffix("data.pkl")
-        if self._record("byteorder", b"little") != b"little":
-            raise ValueError("it was written on a machine of the other byte order")
-        self.storages: dict[str, Tensor] = {}
+        self.contents: dict[str, Tensor] = {}
         self.tensors = 0
 
     def read(self) -> Any:
         """The object."""
-        for name, record in self.records.items():  # what the pickle does not name is checked, too
-            if not name.startswith(self.folder + "data/"):
-                with self.archive.open(record) as file:
-                    while file.read(1 << 20):
-                        pass
+        if f"{self.folder}byteorder" in self.records and self._bytes("byteorder") != b"little":
+            raise ValueError("it was written on a machine of the other byte order")
         try:
-            found = self._interpret(self._record("data.pkl"))
+            found = self._interpret(self._bytes("data.pkl"))
         except (IndexError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
             raise ValueError(f"its pickle is damaged ({type(error).__name__})") from None
-        for name in self.records:
-            if name.startswith(self.folder + "data/"):
-                self._bytes(name.removeprefix(self.folder + "data/"))
+        for name in self.records:  # what the pickle does not name is checked, too
+            self._content(name)
         return found
 
-    def _record(self, name: str, default: bytes = b"") -> bytes:
-        record = self.records.get(self.folder + name)
-        if record is None:
-            return default
-        if record.file_size > MOST_PICKLE:
-            raise ValueError(f"its {name} takes {record.file_size:,} bytes; that of a checkpoint is smaller")
-        return self.archive.read(record)
+    def _bytes(self, name: str) -> bytes:
+        size = self.records[self.folder + name].file_size
+        if size > MOST_PICKLE:
+            raise ValueError(f"its {name} takes {size:,} bytes; that of a checkpoint is smaller")
+        return self._content(self.folder + name).numpy().tobytes()
 
-    def _bytes(self, key: str) -> Tensor:
-        """The data of a storage, uint8; reading it to the end checks its checksum."""
-        if key not in self.storages:
-            record = self.records[f"{self.folder}data/{key}"]
-            data = torch.empty(record.file_size, dtype=torch.uint8)  # begins where torch's own tensors would
-            with self.archive.open(record) as file:
+    def _content(self, name: str) -> Tensor:
+        """The bytes of a record, uint8; reading it to the end checks its checksum."""
+        if name not in self.contents:
+            data = torch.empty(self.records[name].file_size, dtype=torch.uint8)  # begins where torch's own would
+            with self.archive.open(name) as file:
                 into, place = memoryview(data.numpy()), 0  # type: ignore[arg-type]
-                while count := file.readinto(into[place : place + (1 << 22)]):  # type: ignore[attr-defined]
+                while count := file.readinto(into[place : place + MOST_DIRECTORY]):  # type: ignore[attr-defined]
                     place += count
                 if place != len(into) or file.read(1):
-                    raise ValueError(f"its record {record.filename} is cut off")
-            self.storages[key] = data
-        return self.storages[key]
+                    raise ValueError(f"its record {name} is cut off")
+            self.contents[name] = data
+        return self.contents[name]
 
     def _interpret(self, pickled: bytes) -> Any:
         stack: list[Any] = []
         marks: list[int] = []
         memo: dict[int, Any] = {}
 
-        def since_mark() -> list[Any]:
-            place = marks.pop()
+        def taken(operation: str) -> list[Any]:
+            """What an operation takes from the stack: so many values, or those since the mark."""
+            place = len(stack) - _TAKES[operation] if operation in _TAKES else marks.pop()
+            if place < 0:
+                raise IndexError
             items = stack[place:]
             del stack[place:]
             return items
 
-        def last(count: int) -> list[Any]:
-            if len(stack) < count:
-                raise IndexError
-            items = stack[len(stack) - count :]
-            del stack[len(stack) - count :]
-            return items
-
-        for number, (operation, argument, _) in enumerate(_operations(pickled)):
-            if number > MOST_OPERATIONS:
-                raise ValueError(f"its pickle has more than {MOST_OPERATIONS:,} operations")
+        operations: Any = pickletools.genops(pickled)  # operation, argument and place
+        for number, (operation, argument, _) in enumerate(operations):
+            if number > MOST_VALUES:
+                raise ValueError(f"its pickle has more than {MOST_VALUES:,} operations")
             name = operation.name
             if name in _LITERALS:
-                stack.append(_LITERALS[name](argument))
+                stack.append(argument)
+            elif name in _CONSTANTS:
+                stack.append(copy.copy(_CONSTANTS[name]))
             elif name in ("BINPUT", "LONG_BINPUT"):
                 memo[argument] = stack[-1]
             elif name == "MEMOIZE":
@@ -183,31 +195,29 @@ class _Reader:
                 stack.append(memo[argument])
             elif name == "MARK":
                 marks.append(len(stack))
-            elif name == "TUPLE":
-                stack.append(tuple(since_mark()))
-            elif name in _TUPLES:
-                stack.append(tuple(last(_TUPLES[name])))
+            elif name in ("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"):
+                stack.append(tuple(taken(name)))
             elif name in ("APPEND", "APPENDS"):
-                items = last(1) if name == "APPEND" else since_mark()
+                items = taken(name)  # before what is then on top
                 _of(list, stack[-1]).extend(items)
             elif name in ("SETITEM", "SETITEMS"):
-                items = last(2) if name == "SETITEM" else since_mark()
+                items = taken(name)
                 if not all(isinstance(key, (str, int)) for key in items[::2]):
                     raise ValueError("it has keys that are neither text nor integers")
                 _of(dict, stack[-1]).update(zip(items[::2], items[1::2], strict=True))
             elif name == "GLOBAL":
                 stack.append(_Name(argument[:LONGEST_NAME].replace(" ", ".")))
             elif name == "STACK_GLOBAL":
-                stack.append(_Name(".".join(_of(str, text)[:LONGEST_NAME] for text in last(2))))
+                stack.append(_Name(".".join(_of(str, text)[:LONGEST_NAME] for text in taken(name))))
             elif name == "REDUCE":
-                function, arguments = last(2)
+                function, arguments = taken(name)
                 stack.append(self._made(_of(_Name, function).name, _of(tuple, arguments)))
             elif name == "BUILD":
-                state = last(1)[0]  # attributes of a state_dict, such as its _metadata, which nothing here needs
+                (state,) = taken(name)  # attributes of a state_dict, such as its _metadata, which nothing here needs
                 if type(stack[-1]) is not dict:
                     raise ValueError(f"it sets attributes ({type(state).__name__}) of {type(stack[-1]).__name__}")
             elif name == "BINPERSID":
-                stack.append(self._storage(*_of(tuple, last(1)[0])))
+                stack.append(self._storage(*_of(tuple, taken(name)[0])))
             elif name == "STOP":
                 if len(stack) != 1 or marks:
                     raise ValueError(f"its pickle leaves {len(stack)} objects; expected one")
@@ -242,7 +252,7 @@ class _Reader:
         if self.tensors > MOST_TENSORS:
             raise ValueError(f"it holds more than {MOST_TENSORS:,} tensors")
         places = [_of(int, number) for number in (offset, *_of(tuple, size), *_of(tuple, stride))]
-        data = self._bytes(key)
+        data = self._content(f"{self.folder}data/{key}")
         data = data[: len(data) // dtype.itemsize * dtype.itemsize].view(dtype)
         reach = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True)) + 1 if 0 not in size else offset
         if min(places) < 0 or len(size) > 16 or reach > len(data) or math.prod(size) > len(data):
@@ -250,25 +260,17 @@ class _Reader:
         return data.as_strided(size, stride, offset)
 
 
-def _operations(pickled: bytes) -> Iterator[tuple[Any, Any, Any]]:
-    """Operation, argument and place; `Any`, as each operation has an argument of another kind."""
-    yield from pickletools.genops(pickled)
-
-
-def _same(value: Any) -> Any:
-    return value
-
-
-_LITERALS: dict[str, Callable[[Any], Any]] = {
-    **dict.fromkeys(("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE"), _same),
-    "NONE": lambda _: None,
-    "NEWTRUE": lambda _: True,
-    "NEWFALSE": lambda _: False,
-    "EMPTY_DICT": lambda _: {},
-    "EMPTY_LIST": lambda _: [],
-    "EMPTY_TUPLE": lambda _: (),
+_LITERALS = {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE"}
+_CONSTANTS: dict[str, Any] = {
+    "NONE": None,
+    "NEWTRUE": True,
+    "NEWFALSE": False,
+    "EMPTY_DICT": {},
+    "EMPTY_LIST": [],
+    "EMPTY_TUPLE": (),
 }
-_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+_TAKES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "APPEND": 1, "SETITEM": 2, "STACK_GLOBAL": 2, "REDUCE": 2}
+_TAKES |= {"BUILD": 1, "BINPERSID": 1}
 
 
 def _of(kind: type, value: Any) -> Any:

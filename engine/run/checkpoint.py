@@ -13,6 +13,7 @@ import signal
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,6 @@ from engine.errors import RequestError, one_line, printable
 from engine.run import archive, trust
 
 FORMAT = 1
-MOST_VALUES, MOST_NESTED = 1_000_000, 32  # of numbers, texts and tensors in a checkpoint, and of levels
-MOST_TEXT, LONGEST_NAME = 1 << 24, 1000  # characters in a checkpoint, and of the name of a tensor or a setting
 MOST_PIXELS = 1 << 24  # numbers of an image as the model gets it; 2300x2300 in colour
 FIRST_SECONDS = 2.0  # of the processor, for building a model of no weights
 DOWNLOADS = {"weights": None, "weights_backbone": None, "pretrained": False}  # settings that fetch, and what stops that
@@ -66,7 +65,6 @@ def read(path: Path) -> dict[str, Any]:
         found = archive.load(path)
         if not isinstance(found, dict):
             raise ValueError(f"it holds {type(found).__name__}; expected a checkpoint or a state_dict")
-        _check_data(found, path.stat().st_size)
         if "format" not in found:
             inner = (found.get(key) for key in ("model", "state_dict", "model_state_dict"))
             found = {"model": next((state for state in inner if isinstance(state, dict)), found)}
@@ -77,40 +75,6 @@ def read(path: Path) -> dict[str, Any]:
         ) from None
     found["model"] = {strip_prefixes(name): tensor for name, tensor in found["model"].items()}
     return found
-
-
-def _check_data(value: Any, size: int) -> None:
-    """Refuse what no training run writes: it could be crafted to break, or to keep busy, what uses it.
-
-    What is referred to from many places counts as often as a walk through the whole would meet it.
-
-    Args:
-        value: what the file holds.
-        size: of the file, in bytes.
-
-    Raises:
-        ValueError: something else than tensors, numbers and text by name, or too much of it.
-    """
-    waiting, count, letters, numbers = [(value, 0)], 0, 0, 0
-    while waiting:
-        item, depth = waiting.pop()
-        count += 1
-        if depth > MOST_NESTED or count > MOST_VALUES:
-            raise ValueError(f"it has more than {MOST_VALUES:,} values, or {MOST_NESTED} levels of them")
-        if isinstance(item, dict):
-            if not all(isinstance(key, int) or len(key) <= LONGEST_NAME for key in item):
-                raise ValueError(f"it has names of more than {LONGEST_NAME:,} characters")
-            waiting += [(inner, depth + 1) for inner in item.values()]
-        elif isinstance(item, (list, tuple)):
-            waiting += [(inner, depth + 1) for inner in item]
-        elif isinstance(item, str):
-            letters += len(item)
-        elif isinstance(item, Tensor):
-            numbers += item.numel() * item.element_size()
-        elif item is not None and not isinstance(item, (int, float)):
-            raise ValueError(f"it holds {type(item).__name__}; expected tensors, numbers and text")
-    if letters > MOST_TEXT or numbers > 2 * size:
-        raise ValueError(f"it stands for {letters:,} characters and {numbers:,} bytes of numbers, more than it holds")
 
 
 def _check_checkpoint(found: dict[str, Any]) -> None:
@@ -143,8 +107,7 @@ def _check_checkpoint(found: dict[str, Any]) -> None:
 
 def strip_prefixes(name: str) -> str:
     """A parameter's own name, without `module.` before it and `_orig_mod.` anywhere, in any nesting."""
-    name = name.replace("_orig_mod.", "")
-    return re.sub(r"^(?:module\.)+", "", name)
+    return re.sub(r"^(?:module\.)+", "", name.replace("_orig_mod.", ""))
 
 
 def build_model(checkpoint: dict[str, Any], path: Path) -> nn.Module:
@@ -158,10 +121,8 @@ def build_model(checkpoint: dict[str, Any], path: Path) -> nn.Module:
     target, settings = trust.settings_of("model", config, path, ours=is_ours(checkpoint))
     settings |= {name: off for name, off in DOWNLOADS.items() if name in settings}  # the weights are in the file
     settings.setdefault("_target_", config["model"]["_target_"])
-    shape, num_classes = tuple(checkpoint["input_shape"]), len(checkpoint["classes"])
-
-    def construct() -> nn.Module:
-        return build(settings, f"{path}: model", target=target, input_shape=shape, num_classes=num_classes)
+    sizes = {"input_shape": tuple(checkpoint["input_shape"]), "num_classes": len(checkpoint["classes"])}
+    construct = partial(build, settings, f"{path}: model", target=target, **sizes)
 
     with torch.device("meta"), _patience(FIRST_SECONDS + 0.02 * len(state), path):  # sizes without memory
         draft = construct()
@@ -183,9 +144,6 @@ def _patience(seconds: float, path: Path) -> Iterator[None]:
     """Give up on what a file wants to be built when it took so much of the processor's time; waiting does not count.
 
     Building the largest models of torchvision takes less than a second; a file can ask for 10^9 layers.
-
-    Raises:
-        RequestError: the time is over.
     """
 
     def give_up(*_: object) -> None:
@@ -204,11 +162,7 @@ def _patience(seconds: float, path: Path) -> Iterator[None]:
 
 
 def check_fit(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
-    """Hold the names and shapes of weights against a model.
-
-    Raises:
-        RequestError: names or shapes differ; at most five are listed.
-    """
+    """Refuse (RequestError) weights whose names or shapes are not those of a model; at most five are listed."""
     own = model.state_dict()
     differences = [f"{name} is missing in the file" for name in own if name not in state]
     differences += [f"{name} is not in the model" for name in state if name not in own]
@@ -254,11 +208,7 @@ def check_finite(model: nn.Module, path: Path) -> None:
 
 
 def check_bare(config: dict[str, Any], path: Path) -> None:
-    """Refuse a bare state_dict unless model and data are named on the command line.
-
-    Raises:
-        RequestError: they are not.
-    """
+    """Refuse (RequestError) a bare state_dict unless model and data are named on the command line."""
     if not config.get("model") or not config.get("choices", {}).get("dataset"):
         raise RequestError(
             f"{path}: a bare state_dict, which tells neither model nor data; say which it is for: "
@@ -269,11 +219,7 @@ def check_bare(config: dict[str, Any], path: Path) -> None:
 def build_bare(
     state: dict[str, Tensor], config: dict[str, Any], input_shape: Sequence[int], num_classes: int, path: Path
 ) -> nn.Module:
-    """The model that the command line names, with the weights of a bare state_dict.
-
-    Raises:
-        RequestError: they do not fit.
-    """
+    """The model that the command line names with the weights of a bare state_dict, or RequestError."""
     model = build(config["model"], "model", input_shape=tuple(input_shape), num_classes=num_classes)
     load_weights(model, state, path)
     return model

@@ -37,11 +37,7 @@ COLUMNS = ("epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy", 
 
 
 def check_name(config: dict[str, Any]) -> None:
-    """Refuse the name of a new run if it is taken, or would have to be quoted in a shell.
-
-    Raises:
-        RequestError: the name cannot be used.
-    """
+    """Refuse (RequestError) the name of a new run if it is taken, or would have to be quoted in a shell."""
     name = config["name"]
     if name is None or config["resume"]:
         return
@@ -53,11 +49,7 @@ def check_name(config: dict[str, Any]) -> None:
 
 
 def check_plain(name: str) -> None:
-    """Refuse a name of a run or a sweep that would have to be quoted in a shell, or is too long.
-
-    Raises:
-        RequestError: says what is allowed.
-    """
+    """Refuse (RequestError) a name of a run or sweep that would have to be quoted in a shell, or is too long."""
     if not re.fullmatch(PLAIN_NAME, name) or name == "latest":
         allowed = "letters, digits, dots, dashes and underscores (and not 'latest')"
         raise RequestError(f"name={shortened(name)}: expected {allowed}")
@@ -75,11 +67,9 @@ def create(config: dict[str, Any]) -> Path:
         RequestError: the name is taken or nothing can be written there.
     """
     name = config["name"]
-    draft = None
+    draft = RUNS / f".new-{socket.gethostname()}-{os.getpid()}-{time.time_ns()}"
     base = name or f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{config['choices']['model']}_{config['choices']['dataset']}"
     try:
-        RUNS.mkdir(parents=True, exist_ok=True)
-        draft = RUNS / f".new-{socket.gethostname()}-{os.getpid()}-{time.time_ns()}"
         (draft / ".hydra").mkdir(parents=True)
         runtime = HydraConfig.get()
         save_config(draft, config)
@@ -91,19 +81,14 @@ def create(config: dict[str, Any]) -> Path:
         _made.add(directory)
         _point_latest(directory)
     except (OSError, ValueError) as error:  # ValueError: text that is no UTF-8
-        if draft is not None:
-            _locks.pop(draft, io.StringIO()).close()
-            shutil.rmtree(draft, ignore_errors=True)
+        _locks.pop(draft, io.StringIO()).close()
+        shutil.rmtree(draft, ignore_errors=True)
         raise RequestError(f"the run directory cannot be made in {RUNS.resolve()}: {one_line(error)}") from None
     return directory
 
 
 def reopen(config: dict[str, Any]) -> Path:
-    """The directory of the run that is resumed, locked.
-
-    Raises:
-        RequestError: it is in use.
-    """
+    """The directory of the run that is resumed, locked; RequestError if it is in use."""
     directory = Path(config["resume"])
     try:
         lock(directory)
@@ -118,7 +103,7 @@ def reopen(config: dict[str, Any]) -> Path:
 def finished_before(config: dict[str, Any]) -> str:
     """What a resumed run came to, where it has finished, is whole, and no more is asked of it; else an empty text."""
     directory = Path(config["resume"])
-    summary, own = files.read_json(directory / "summary.json"), read_config(directory)
+    summary, (own, _) = files.read_json(directory / "summary.json"), trust.read_run(directory)
     if config["changed"] or any(config[key] != own.get(key) for key in ("epochs", "early_stopping")):
         return ""
     try:
@@ -186,8 +171,7 @@ def _claim(draft: Path, base: str, own_name: bool) -> Path:
     while True:
         directory = RUNS / (base if number == 1 else f"{base}_{number}")
         try:
-            draft.rename(directory)
-            return directory
+            return draft.rename(directory)
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                 raise
@@ -239,11 +223,7 @@ def lock(directory: Path) -> None:
 
 
 def find(run: str) -> Path:
-    """The directory of a run named by `resume=`: a directory, a file in it, or `latest`.
-
-    Raises:
-        RequestError: there is no such run.
-    """
+    """The directory of a run named by `resume=` (itself, a file in it, `latest`); RequestError if there is none."""
     directory = newest() if run == "latest" else Path(run)
     if os.path.isfile(directory) or (directory.suffix == ".pt" and not os.path.exists(directory)):
         directory = directory.parent
@@ -253,19 +233,6 @@ def find(run: str) -> Path:
             f"resume={shortened(run)}: no run there; expected a run's directory such as {example}, or latest"
         )
     return directory
-
-
-def read_config(directory: Path) -> dict[str, Any]:
-    """The configuration of a run, as plain data.
-
-    Raises:
-        RequestError: the file is damaged.
-    """
-    file = directory / ".hydra" / "config.yaml"
-    try:
-        return trust.parse_config(files.read_text(file))
-    except (OSError, ValueError) as error:
-        raise RequestError(f"{file}: not a run's configuration ({one_line(error)})") from None
 
 
 def all_directories(root: Path) -> list[Path]:
@@ -285,11 +252,7 @@ def all_directories(root: Path) -> list[Path]:
 
 
 def newest() -> Path:
-    """The newest run's directory: the one that `latest` leads to, or where that is gone the newest there is.
-
-    Raises:
-        RequestError: there is none yet.
-    """
+    """The directory that `latest` leads to, or where that is gone the newest run's; RequestError if there is none."""
     latest = RUNS / "latest"
     if latest.is_symlink() and any((latest / name).exists() for name in (".hydra/config.yaml", "best.pt")):
         with contextlib.suppress(ValueError):  # it leads to somewhere else
@@ -300,11 +263,7 @@ def newest() -> Path:
 
 
 def newest_best() -> Path:
-    """best.pt of the newest run, which evaluation and prediction take when no checkpoint is named.
-
-    Raises:
-        RequestError: there is no run yet, or it was stopped before its first epoch was done.
-    """
+    """best.pt of the newest run, for want of a checkpoint that is named; RequestError if there is none yet."""
     directory = newest()
     if not (directory / "best.pt").is_file():
         raise RequestError(
@@ -322,11 +281,7 @@ class _Safe(logging.Formatter):
 
 
 def start_log(file: Path) -> None:
-    """Send the log to standard output and, with times, to a file.
-
-    Raises:
-        RequestError: the file cannot be opened.
-    """
+    """Send the log to standard output and, with times, to a file; RequestError if that cannot be opened."""
     stop_log()
     logging.raiseExceptions = False  # a full disk is told by what is lost, not by every line of the log
     log.propagate = False
@@ -362,25 +317,19 @@ def write_metrics(path: Path, history: list[dict[str, Any]]) -> None:
 
 
 def _rounded(key: str, value: Any) -> Any:
-    if value is None:
-        return ""
     return round(value, 3 if key in ("seconds", "images_per_second") else 6) if isinstance(value, float) else value
 
 
 def environment() -> dict[str, Any]:
     """What a repetition needs to know of the machine: versions, processor, git commit."""
-    versions = {}
+    found: dict[str, Any] = {"python": platform.python_version()}
     for package in ("torch", "torchvision", "hydra-core", "numpy"):
         try:
-            versions[package] = version(package)
+            found[package] = version(package)
         except PackageNotFoundError:
-            versions[package] = "unknown"
-    return {
-        "python": platform.python_version(),
-        **versions,
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-        "git_commit": _git_commit(),
-    }
+            found[package] = "unknown"
+    found["machine"] = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"
+    return {**found, "git_commit": _git_commit()}
 
 
 def _git_commit() -> str | None:

@@ -12,7 +12,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,7 +22,7 @@ from engine.config import build
 from engine.errors import Interrupted, RequestError, RunError, one_line, out_of_memory, shortened
 from engine.run import checkpoint
 from engine.run.runs import COLUMNS
-from engine.run.state import Progress, Stateful
+from engine.run.state import Progress
 from engine.terminal import log
 
 Item = TypeVar("Item")
@@ -35,7 +35,7 @@ class Saver:
     Args:
         directory: the run's.
         about: what both files say of the run (configuration, classes, input shape ...).
-        parts: what last.pt keeps; "model", "tally" and "progress" are among them.
+        parts: what last.pt keeps, by name: model, optimizer, scheduler, tally, progress and others with a state.
         every_minutes: save last.pt within an epoch after so long, or None.
         every_steps: and after so many steps, or None.
     """
@@ -44,13 +44,14 @@ class Saver:
         self,
         directory: Path,
         about: dict[str, Any],
-        parts: Mapping[str, Stateful],
+        parts: dict[str, Any],
         every_minutes: float | None,
         every_steps: int | None,
     ) -> None:
         self.directory, self.about, self.parts = directory, about, parts
-        self.tally: Any = parts["tally"]
-        self.progress: Progress = parts["progress"]  # type: ignore[assignment]
+        self.tally, self.optimizer = parts["tally"], parts["optimizer"]
+        self.progress: Progress = parts["progress"]
+        self.best, self.last, self.previous = (directory / f"{name}.pt" for name in ("best", "last", "previous"))
         self.every_seconds = every_minutes * 60 if every_minutes else float("inf")
         self.every_steps = every_steps
         self.signal: int | None = None
@@ -63,11 +64,7 @@ class Saver:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        """Put the signals' handlers back; that memory ran out is told in one line.
-
-        Raises:
-            RunError: it did, with the batch size to try.
-        """
+        """Put the signals' handlers back; that memory ran out becomes a RunError with the batch size to try."""
         for number, handler in getattr(self, "_handlers", {}).items():
             signal.signal(number, handler)
         said = error and out_of_memory(error, self.about["config"]["batch_size"])
@@ -84,11 +81,12 @@ class Saver:
         """Save last.pt if it is time to; leave if told to. Costs a microsecond otherwise."""
         now = time.monotonic()
         if self.signal is not None:
-            self._leave()
+            self._leave(self.signal)
         elif now - self._saved >= self.every_seconds or (
             self.every_steps and self.progress.batch % self.every_steps == 0
         ):
-            self.save_last()
+            self.check()
+            self._save_last()
         elif now - self._looked >= 1.0:  # looking waits for the device, so not at every step
             self.check()
             self._looked = now
@@ -97,15 +95,13 @@ class Saver:
         """The batches of an evaluation, which leaves between two of them when told to."""
         for batch in batches:
             if self.signal is not None:
-                self._leave()
+                self._leave(self.signal)
             yield batch
 
-    def _leave(self) -> None:
-        if (
-            self.progress.batch
-        ):  # between epochs last.pt is up to date (and the model may hold the best weights, for testing)
-            self.save_last()
-        number = self.signal or signal.SIGTERM
+    def _leave(self, number: int) -> None:
+        if self.progress.batch:  # between epochs last.pt is up to date, and the model may hold the best weights
+            self.check()
+            self._save_last()
         where = f"epoch {self.progress.epoch}, step {self.progress.batch}"
         name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
         raise Interrupted(
@@ -113,18 +109,13 @@ class Saver:
         )
 
     def check(self, val_loss: float | None = None) -> None:
-        """Stop at a loss, a weight or a learning rate that is not a finite number.
-
-        Raises:
-            RunError: naming the epoch and step where it first appeared, and the last good checkpoint.
-        """
+        """Stop (RunError) at a loss, weight or rate that is not finite, naming step and last good checkpoint."""
         bad = self.tally.first_bad_step()
         weights = self.parts["model"].state_dict().values()
-        optimizer: torch.optim.Optimizer = self.parts["optimizer"]  # type: ignore[assignment]
         found = {
             "the loss": bad is not None,
-            "the learning rate": not all(math.isfinite(group["lr"]) for group in optimizer.param_groups),
-            "a weight": not all(_finite(tensor) for tensor in weights),
+            "the learning rate": not all(math.isfinite(group["lr"]) for group in self.optimizer.param_groups),
+            "a weight": not all(tensor.isfinite().all() for tensor in weights),
             "the validation loss": not math.isfinite(val_loss or 0.0),
         }
         what = next((name for name, is_bad in found.items() if is_bad), None)
@@ -140,12 +131,11 @@ class Saver:
         if not math.isfinite(test_loss):
             raise RunError(
                 f"the test loss is not a finite number, with the weights of epoch {self.progress.best['epoch']} in "
-                f"{self.directory / 'best.pt'}; {TRY}"
+                f"{self.best}; {TRY}"
             )
 
     def _last_good(self) -> str:
-        last = self.directory / "last.pt"
-        return f"the last good checkpoint is {last}" if last.exists() else "no checkpoint was saved yet"
+        return f"the last good checkpoint is {self.last}" if self.last.exists() else "no checkpoint was saved yet"
 
     def save_epoch(self, best: bool) -> None:
         """Write last.pt at the end of an epoch that `check` found good; before it best.pt, which it names the epoch of.
@@ -155,19 +145,13 @@ class Saver:
         """
         if best:
             state = {"model": self.parts["model"].state_dict(), "epoch": self.progress.best["epoch"]}
-            checkpoint.write(self.directory / "best.pt", {**self.about, **state, "metrics": self.progress.best})
-        self._write_last()
+            checkpoint.write(self.best, {**self.about, **state, "metrics": self.progress.best})
+        self._save_last()
 
-    def save_last(self) -> None:
-        """Write last.pt within an epoch."""
-        self.check()
-        self._write_last()
-
-    def _write_last(self) -> None:
-        """Write last.pt, the one before it becomes previous.pt."""
-        last = self.directory / "last.pt"
+    def _save_last(self) -> None:
+        """Write last.pt of a state that `check` found good, the one before it becomes previous.pt."""
         state = {**self.about, **{name: part.state_dict() for name, part in self.parts.items()}}
-        checkpoint.write(last, state, keep=self.directory / "previous.pt")
+        checkpoint.write(self.last, state, keep=self.previous)
         self._saved = time.monotonic()
 
     def restore(self, changed: list[str], steps_per_epoch: int) -> None:
@@ -181,26 +165,25 @@ class Saver:
         Raises:
             RequestError: neither file can be used, or the data is not what the run was started with.
         """
-        last, previous = self.directory / "last.pt", self.directory / "previous.pt"
-        if not last.exists() and not previous.exists():
+        if not self.last.exists() and not self.previous.exists():
             log.info("resumed  from the beginning: nothing had been saved yet")
             return
         try:
-            saved = checkpoint.read(last)
+            saved = checkpoint.read(self.last)
         except RequestError as error:
-            log.info(f"{error}: going on from {previous}, the one before")
-            saved = checkpoint.read(previous)
+            log.info(f"{error}: going on from {self.previous}, the one before")
+            saved = checkpoint.read(self.previous)
         try:
             check_saved(saved, self.parts["model"])
         except (KeyError, ValueError, TypeError, AttributeError) as error:
-            raise RequestError(f"{last}: holds no run that can go on ({one_line(error)})") from None
+            raise RequestError(f"{self.last}: holds no run that can go on ({one_line(error)})") from None
         self._compare(saved, changed)
         try:
             self._load(saved, changed, steps_per_epoch)
         except (KeyError, ValueError, TypeError, RuntimeError, AttributeError, IndexError) as error:
             if said := out_of_memory(error, self.about["config"]["batch_size"]):
-                raise RunError(f"{last}: {said}") from error
-            raise RequestError(f"{last}: does not fit this run ({one_line(error)})") from error
+                raise RunError(f"{self.last}: {said}") from error
+            raise RequestError(f"{self.last}: does not fit this run ({one_line(error)})") from error
         if changed:
             steps = saved["progress"]["batch"]
             again = f" begins again from its first sample, with the weights of step {steps}" if steps else " is next"
@@ -208,14 +191,14 @@ class Saver:
         log.info(f"resumed  in epoch {self.progress.epoch}, after {self.progress.batch} steps")
 
     def _load(self, saved: dict[str, Any], changed: list[str], steps_per_epoch: int) -> None:
-        optimizer: torch.optim.Optimizer = self.parts["optimizer"]  # type: ignore[assignment]
+        optimizer = self.optimizer  # loading its state gives it other groups
         asked = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
         new_curve = bool(changed) or saved["config"]["epochs"] != self.about["config"]["epochs"]
         for name, part in self.parts.items():
             if name == "scheduler" and new_curve:
                 continue
             if name == "optimizer" and changed and not _fits(self.about["config"]["optimizer"], saved[name]):
-                log.info(f"changed  {type(optimizer).__name__} begins without averages: those saved are another kind's")
+                log.info(f"changed  {type(part).__name__} begins without averages: those saved are another kind's")
                 continue
             part.load_state_dict(saved[name])
         steps = saved["scheduler"]["steps"]
@@ -226,7 +209,7 @@ class Saver:
             # The schedule is led along its curve from the beginning, in the steps of this run.
             for group, settings in zip(optimizer.param_groups, asked, strict=True):
                 group.update(settings)
-            self.parts["scheduler"].start(steps)  # type: ignore[attr-defined]
+            self.parts["scheduler"].start(steps)
 
     def _compare(self, saved: dict[str, Any], changed: list[str]) -> None:
         if saved["data"] != self.about["data"] and not changed:
@@ -295,7 +278,3 @@ def _fits(optimizer: dict[str, Any], saved: dict[str, Any]) -> bool:
     """Whether an optimizer of these settings finds what it needs in a saved state, which may be another kind's."""
     kept = {name for state in saved["state"].values() for name in state}
     return not kept or state_names(optimizer) <= kept
-
-
-def _finite(tensor: torch.Tensor) -> bool:
-    return not (tensor.is_floating_point() or tensor.is_complex()) or bool(tensor.isfinite().all())

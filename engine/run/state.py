@@ -4,22 +4,12 @@ from __future__ import annotations
 
 import random
 import time
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 
 from engine.terminal import log
-
-
-class Stateful(Protocol):
-    """Something with a state."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """The state as tensors, numbers and text."""
-
-    def load_state_dict(self, state: dict[str, Any]) -> Any:
-        """Go on from it."""
 
 
 class Progress:
@@ -71,14 +61,7 @@ class Progress:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything, as numbers."""
-        return {
-            "epoch": self.epoch,
-            "batch": self.batch,
-            "lr": self.lr,
-            "seconds": self.seconds,
-            "history": self.history,
-            "best": self.best,
-        }
+        return {key: getattr(self, key) for key in ("epoch", "batch", "lr", "seconds", "history", "best")}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state_dict()`."""
@@ -111,16 +94,15 @@ class RandomStates:
         np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), *rest))
         version, internal, gauss = state["python"]
         random.setstate((version, tuple(internal), gauss))
-        saved, here = state.get("cuda", []), torch.cuda.device_count()
-        for number, of_device in enumerate(saved[:here]):
-            torch.cuda.set_rng_state(of_device, number)
-        if "mps" in state and torch.backends.mps.is_available():
+        saved = [f"cuda:{number}" for number in range(len(state.get("cuda", [])))] + ["mps"] * ("mps" in state)
+        here = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+        here += ["mps"] * torch.backends.mps.is_available()
+        for number, of_device in enumerate(state.get("cuda", [])):
+            if f"cuda:{number}" in here:
+                torch.cuda.set_rng_state(of_device, number)
+        if "mps" in saved and "mps" in here:
             torch.mps.set_rng_state(state["mps"])
-        absent = [f"cuda:{i}" for i in range(here, len(saved))]
-        new = [f"cuda:{i}" for i in range(len(saved), here)]
-        if ("mps" in state) != torch.backends.mps.is_available():
-            (absent if "mps" in state else new).append("mps")
-        said = [f"{', '.join(absent)}, not in this machine"] if absent else []
-        said += [f"{', '.join(new)}, not saved"] if new else []
-        if said:
+        absent, new = [name for name in saved if name not in here], [name for name in here if name not in saved]
+        told = ((absent, "not in this machine"), (new, "not saved"))
+        if said := [f"{', '.join(names)}, {why}" for names, why in told if names]:
             log.info(f"warning  random states not restored: those of {', and of '.join(said)}; dropout may differ")

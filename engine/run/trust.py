@@ -62,16 +62,13 @@ MOST_WORK = 1 << 30  # steps of the arithmetic of the transforms of one image
 # What was typed here
 
 
-def _key_file() -> Path:
-    asked = Path(os.environ.get("XDG_DATA_HOME", ""))  # a relative one counts as none (XDG Base Directory)
-    data = asked if asked.is_absolute() else Path.home() / ".local" / "share"
-    return data / "image-classifier-training" / "key"
-
-
 def _key(make: bool) -> bytes | None:
     """The key of this user; None where there is none and none can be made, and then nothing counts as typed here."""
+    data = Path(os.environ.get("XDG_DATA_HOME", ""))
     with contextlib.suppress(OSError, RuntimeError):
-        file = _key_file()
+        if not data.is_absolute():  # counts as none (XDG Base Directory)
+            data = Path.home() / ".local" / "share"
+        file = data / "image-classifier-training" / "key"
         if make and not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True)
             draft = file.with_name(f".key-{os.getpid()}-{secrets.token_hex(8)}")
@@ -84,10 +81,20 @@ def _key(make: bool) -> bytes | None:
     return None
 
 
-def signature(config: dict[str, Any] | str) -> str:
+def signature(config: dict[str, Any] | str, make_key: bool = True) -> str:
     """The sign, under this user's key, that a configuration was typed here; empty where no key can be kept."""
-    key = _key(make=True)
-    return _signed(config, key) if key else ""
+    text = config if isinstance(config, str) else json.dumps(config, sort_keys=True)
+    key = _key(make_key)
+    return hmac.new(key, text.encode(), hashlib.sha256).hexdigest() if key else ""
+
+
+def is_ours(config: dict[str, Any] | str, sign: Any) -> bool:
+    """Whether a configuration (or its file's text) bears this user's signature."""
+    try:
+        ours = signature(config, make_key=False)
+        return ours != "" and hmac.compare_digest(ours, str(sign))
+    except (TypeError, ValueError):  # it holds what no configuration does
+        return False
 
 
 SIGNATURE = "# signature: "  # the last line of a run's config.yaml
@@ -98,36 +105,16 @@ def with_signature(text: str) -> str:
     return f"{text}{SIGNATURE}{signature(text)}\n"
 
 
-def _signed(config: dict[str, Any] | str, key: bytes) -> str:
-    text = config if isinstance(config, str) else json.dumps(config, sort_keys=True)
-    return hmac.new(key, text.encode(), hashlib.sha256).hexdigest()
-
-
-def is_ours(config: dict[str, Any] | str, sign: Any) -> bool:
-    """Whether a configuration (or its file's text) bears this user's signature."""
-    key = _key(make=False)
-    try:
-        return key is not None and hmac.compare_digest(_signed(config, key), str(sign))
-    except (TypeError, ValueError):  # it holds what no configuration does
-        return False
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Names
 
 
-def choices(chosen: Any, where: Path, directories: Sequence[Path] = (CONFIGS,)) -> dict[str, Any]:
-    """The options that a file names, once each is known to be one of its group here.
-
-    Raises:
-        RequestError: one is not.
-    """
+def choices(chosen: dict[str, Any], where: Path, directories: Sequence[Path] = (CONFIGS,)) -> dict[str, Any]:
+    """The options that a file names, once each is known to be one of its group here; RequestError if one is not."""
     known = group_options(directories)
-    for group, option in chosen.items() if isinstance(chosen, dict) else [("its choices", chosen)]:
-        several = option if isinstance(option, list) and group == "logger" else [option]
-        for name in several:
-            none = option is None  # of the group; a list has no such member
-            if group not in known or not (none or (isinstance(name, str) and name in known[group])):
+    for group, option in chosen.items():
+        for name in option if isinstance(option, list) and group == "logger" else [option]:
+            if group not in known or (option is not None and name not in known[group]):
                 raise RequestError(
                     f"{where}: it names {_brief(group)}={_brief(option)}, which configs/ does not have; "
                     "put its YAML there, or name another on the command line"
@@ -203,16 +190,16 @@ def settings_of(
     typed = {f"{group}.{name}": value for name, value in (typed or {}).items()}
     own = dict(leaves(config[group], known or {}, f"{group}."))
     result = {name: setting.default for name, setting in (known or {}).items()}
+    known = known or {name: Setting(name, None, "any", "", True, "") for name in {**own, **typed}}
     refused = []
     for name, value in {**own, **typed}.items():
         if name.endswith("._target_"):
             continue
-        setting = Setting(name, None, "any", "", True, "") if known is None else known.get(name)
         try:
-            check_value(name, value, {name: setting} if setting else known or {})
+            check_value(name, value, known)
         except RequestError as error:
             raise error if name in typed else RequestError(f"{where}: {error}") from None
-        if name in typed or ours or is_data(setting, value):
+        if name in typed or ours or is_data(known[name], value):
             result[name] = value
         elif name not in result or result[name] == "???":
             refused.append(f"{name}={_brief(value)}")
@@ -259,38 +246,23 @@ def evaluation_of(
 
 
 def _largest(shape: Sequence[int], transforms: list[Any], where: Path) -> int:
-    """The numbers that an image of a stranger's checkpoint may have on its way through the transforms.
-
-    Raises:
-        RequestError: they would be long at work on a single image.
-    """
-    side = max((item for item in _items(transforms) if type(item) is int), default=1)
-    window = max((item for entry in transforms for item in _kernels(entry)), default=1)
+    """The numbers of an image on its way through a stranger's transforms, which may not be long at work on it."""
+    sizes = [(key, item) for key, item in _items(transforms) if type(item) is int]
+    side = max((item for _, item in sizes), default=1)
+    window = max((item for key, item in sizes if key == "kernel_size"), default=1)
     largest = shape[0] * max(shape[1] * shape[2], side * side)
     if len(transforms) * largest * window * window > MOST_WORK:
         raise RequestError(f"{where}: its dataset.eval_transforms are long at work on images of {side} pixels; refused")
     return largest
 
 
-def _kernels(entry: Any) -> Iterator[int]:
-    """The integers under `kernel_size` anywhere in a transform."""
-    if isinstance(entry, dict):
-        for key, value in entry.items():
-            yield from (
-                (item for item in _items(value) if type(item) is int) if key == "kernel_size" else _kernels(value)
-            )
-    elif isinstance(entry, list):
-        for item in entry:
-            yield from _kernels(item)
-
-
-def is_data(setting: Setting | None, value: Any) -> bool:
+def is_data(setting: Setting, value: Any) -> bool:
     """Whether a value, already found valid, may come from a file of somebody else."""
-    if setting is not None and value == setting.default and value != "???":
+    if value == setting.default and value != "???":
         return True
-    if setting is not None and setting.name == "dataset.max_pixels":
+    if setting.name == "dataset.max_pixels":
         return value <= setting.default  # less than here does no harm
-    if setting is None or any(setting.name == name or setting.name.startswith(f"{name}.") for name in NEVER):
+    if any(setting.name == name or setting.name.startswith(f"{name}.") for name in NEVER):
         return False
     if setting.name in LISTS_OF_TEXT:
         return _is_small(value, text=re.compile(r".{0,200}", re.DOTALL))
@@ -301,7 +273,7 @@ def is_data(setting: Setting | None, value: Any) -> bool:
 
 def _is_small(value: Any, text: re.Pattern[str] | None) -> bool:
     """Numbers, true, false, null, such texts, and lists and dictionaries of them, of a size that people write."""
-    items = list(itertools.islice(_items(value), MOST_ITEMS + 1))
+    items = [item for _, item in itertools.islice(_items(value), MOST_ITEMS + 1)]
     return len(items) <= MOST_ITEMS and all(
         (text is not None and text.fullmatch(item) is not None)
         if isinstance(item, str)
@@ -310,16 +282,22 @@ def _is_small(value: Any, text: re.Pattern[str] | None) -> bool:
     )
 
 
-def _items(value: Any) -> Iterator[Any]:
-    """What lists and dictionaries hold at any depth, keys among it, and None for each of them."""
-    waiting = [value]
-    while waiting:
-        item = waiting.pop()
-        if isinstance(item, dict):
-            waiting += [*item, *item.values()]
-        elif isinstance(item, list):
-            waiting += item
-        yield None if isinstance(item, (dict, list)) else item
+def _items(value: Any, under: Any = None) -> Iterator[tuple[Any, Any]]:
+    """What lists and dictionaries hold at any depth, keys among it, and None for each of them; before it the last key.
+
+    The last of which it is a value, or in the list that is: (kernel_size, 3) for `{"kernel_size": [3]}`.
+    """
+    if isinstance(value, dict):
+        yield under, None
+        for key, item in value.items():
+            yield under, key
+            yield from _items(item, key)
+    elif isinstance(value, (list, tuple)):
+        yield under, None
+        for item in value:
+            yield from _items(item, under)
+    else:
+        yield under, value
 
 
 def _nested(flat: dict[str, Any], group: str) -> dict[str, Any]:
@@ -397,11 +375,7 @@ def parse_config(text: str) -> dict[str, Any]:
 
 def interpolates(value: Any) -> bool:
     """Whether a text anywhere in it has an interpolation, `${...}`, by which a file could read the environment."""
-    if isinstance(value, dict):
-        return any(interpolates(key) or interpolates(item) for key, item in value.items())
-    if isinstance(value, (list, tuple)):
-        return any(interpolates(item) for item in value)
-    return isinstance(value, str) and "${" in value
+    return any(isinstance(item, str) and "${" in item for _, item in _items(value))
 
 
 def known_settings(chosen: dict[str, Any], directories: Sequence[Path] = (CONFIGS,)) -> dict[str, Setting]:
@@ -444,7 +418,7 @@ def taken_over(
             check_value(name, before[name], known)
         except RequestError as error:
             raise RequestError(f"{where}: {error}") from None
-        if ours or is_data(known.get(name), before[name]):
+        if ours or is_data(known[name], before[name]):
             taken[name] = before[name]
         else:
             left.append(f"{name}={_brief(before[name])}")

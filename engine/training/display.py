@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any, TypeVar
+from typing import Any
 
 from torch.optim import Optimizer
 from tqdm import tqdm
@@ -11,7 +11,6 @@ from tqdm import tqdm
 from engine import terminal
 from engine.training.metrics import Tally
 
-Item = TypeVar("Item")
 REFRESH = 0.25  # seconds; reading the tally waits for the device
 
 

@@ -19,24 +19,19 @@ class Schedule:
     """Sets the learning rate before each step to the optimizer's own times `factor(steps done so far)`."""
 
     def __init__(self, optimizer: Optimizer, factor: Callable[[int], float]) -> None:
-        self.optimizer, self.factor, self.steps = optimizer, factor, 0
+        self.optimizer, self.factor = optimizer, factor
         self.rates = [group["lr"] for group in optimizer.param_groups]
-        self._set()
+        self.start(0)
 
     def step(self) -> None:
         """After a step of the optimizer: the rate for the next."""
-        self.steps += 1
-        self._set()
-
-    def _set(self) -> None:
-        factor = self.factor(self.steps)
-        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-            group["lr"] = rate * factor
+        self.start(self.steps + 1)
 
     def start(self, steps: int) -> None:
         """Be where so many steps of this run lead to."""
-        self.steps = steps
-        self._set()
+        self.steps, factor = steps, self.factor(steps)
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * factor
 
     def state_dict(self) -> dict[str, Any]:
         """The number of steps is all there is to know."""

@@ -6,11 +6,9 @@ the bits of one that was not tried.
 
 from __future__ import annotations
 
-import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +17,7 @@ from torch.nn.parameter import is_lazy
 
 from engine.data.batches import Batches
 from engine.data.images import ImageFiles
-from engine.errors import RequestError, RunError, one_line, out_of_memory
+from engine.errors import RequestError, RunError, cause, out_of_memory
 from engine.run.saver import state_names
 from engine.run.state import RandomStates
 from engine.training.metrics import Tally
@@ -61,12 +59,8 @@ def try_step(
     largest = min(batches.batch_size, batches.num_samples)
     last = batches.num_samples % batches.batch_size or largest
     with _no_trace(model, criterion):
-        try:
+        with _told(f"optimizer {optimizer['_target_']} cannot make a step", largest):
             state_names(optimizer)
-        except RunError:
-            raise
-        except Exception as error:
-            raise RequestError(f"optimizer {optimizer['_target_']} cannot make a step: {cause(error)}") from error
         make_labels = _label_maker(criterion, batches, num_classes)
         images = torch.zeros(largest, *input_shape, device=batches.device)
         model.train()
@@ -188,27 +182,15 @@ def _no_trace(*modules: nn.Module) -> Iterator[None]:
                     tensor.copy_(before)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What somebody else's code raised, in one line
-
-
 @contextmanager
 def _told(what: str, batch_size: int) -> Iterator[None]:
     """Tell what is raised inside as a wrong request; `{}` in `what` becomes "does not take" or "fails on"."""
     try:
         yield
+    except RunError:
+        raise
     except Exception as error:
         if said := out_of_memory(error, batch_size):
             raise RequestError(f"{what.format('fails on')}: {said}") from error
         verb = "does not take" if isinstance(error, MISFITS) else "fails on"
         raise RequestError(f"{what.format(verb)}: {cause(error)}") from error
-
-
-def cause(error: BaseException) -> str:
-    """What was raised, and in which line of the user's own files, or else of the library's."""
-    libraries = str(Path(torch.__file__).parent.parent)
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [f for f in frames if not f.filename.startswith(libraries) and f.filename != __file__]
-    frame = (own or frames)[-1]
-    kind = "" if type(error) in (TypeError, ValueError, RuntimeError, UserWarning) else f"{type(error).__name__}: "
-    return f"{kind}{one_line(error, 200)} ({Path(frame.filename).name}:{frame.lineno})"

@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 from conftest import Call
-from test_checkpoint import refused, small
+from test_run_checkpoint import refused, small
 
 from engine.config import Setting
 from engine.errors import RequestError
