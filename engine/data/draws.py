@@ -73,7 +73,7 @@ class Draws:
         """Uniform numbers in [0, 1), float32 `[batch, count]`, on the CPU or `device`; nothing waits for the device."""
         if count > self.most:
             return send(_to_uniform(self.integers(count)), device)
-        key = (self.drawn, count, device and device.type)
+        key = (self.drawn, count, device.type if device else None)
         if key in self.known:
             self.drawn += count
         else:

@@ -6,6 +6,7 @@ import sysconfig
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,6 @@ def users_code(what: str) -> Iterator[None]:
 
     Args:
         what: was asked of it, for the message.
-
-    Raises:
-        RunError: it raised something.
     """
     try:
         yield
@@ -100,13 +98,13 @@ class Reader:
         Raises:
             RunError: samples that cannot be read, or do not fit together.
         """
-        skipped: list[str] = []
+        skipped: dict[int, str] = {}
         with own_randomness() if self.draws or not self.is_ours else nullcontext():
             images, labels = self._batch(self._samples(epoch, indices, skipped), indices, into)
-        return images, labels, skipped
+        return images, labels, list(skipped.values())
 
-    def _samples(self, epoch: int, indices: Tensor, skipped: list[str]) -> Iterator[tuple[int, Tensor, Any]]:
-        """(place in the batch, image, label) of those that can be read."""
+    def _samples(self, epoch: int, indices: Tensor, skipped: dict[int, str]) -> Iterator[tuple[int, Tensor, Any]]:
+        """(place in the batch, image, label) of those that can be read; of the others place to error in `skipped`."""
         draws = Draws(self.seed, epoch, indices) if self.draws else None
         seeds = None if self.is_ours else sample_seed(self.seed, epoch, indices).tolist()
         for first in range(0, len(indices), self.TOGETHER):
@@ -119,13 +117,15 @@ class Reader:
                 except RequestError as error:
                     if not isinstance(self.part, ImageFiles):
                         raise RunError(str(error)) from error
-                    skipped.append(str(error))
+                    skipped[place] = str(error)
             if skipped and not self.skip_unreadable:
                 continue  # only to count the others
             for place, image, label in read:
                 yield place, self._transform(image, draws, place), label
         if skipped and not self.skip_unreadable:
-            raise RunError(cannot_be_read(skipped, f"the {len(indices)} images of this batch", self.training))
+            raise RunError(
+                cannot_be_read(list(skipped.values()), f"the {len(indices)} images of this batch", self.training)
+            )
 
     def _transform(self, image: Tensor, draws: Draws | None, place: int) -> Tensor:
         return apply(self.transforms, image[None], draws and draws.window(place, 1))[0]
@@ -134,10 +134,8 @@ class Reader:
         """(images, labels) of samples that were read elsewhere."""
         with own_randomness():
             draws = Draws(self.seed, epoch, indices) if self.draws else None
-            transformed = (
-                (place, self._transform(image, draws, place), label) for place, (image, label) in enumerate(samples)
-            )
-            return self._batch(transformed, indices, None)
+            done = ((place, self._transform(image, draws, place), y) for place, (image, y) in enumerate(samples))
+            return self._batch(done, indices, None)
 
     def _sample(self, index: int) -> tuple[Tensor, Any]:
         if isinstance(self.part, ImageFiles):
@@ -172,12 +170,12 @@ class Reader:
             raise RunError(
                 f"none of the {len(indices)} images of a batch can be read; the first is sample {int(indices[0])}"
             )
-        labels = []
+        read = list(found)
         for place in range(len(indices)):
             if place not in found:
-                other = next((p for p in found if p > place), next(iter(found)))
-                images[place] = images[other]
-            labels.append(found[place if place in found else other])
+                other = next((p for p in read if p > place), read[0])
+                images[place], found[place] = images[other], found[other]
+        labels = [found[place] for place in range(len(indices))]
         probabilities = [isinstance(label, Tensor) for label in labels]
         if any(probabilities) and not all(probabilities):
             raise RunError(
@@ -242,46 +240,38 @@ class Stream:
 
     def once(self, limit: int | None, number: int = 0) -> Iterator[tuple[Tensor, Any]]:
         """One pass over the samples; `number` is the pass."""
-        part, states = self.reader.part, None
-        name = type(part).__name__
+        part, iterator, states = self.reader.part, None, None
+        name, end = type(part).__name__, object()
         if hasattr(part, "set_epoch"):
             with users_code(f"set_epoch of {name}"):
                 part.set_epoch(number)
-        iterator, count, end = None, 0, object()
-        while limit is None or count < limit:
+        for place in islice(count(), limit):
+            what = f"sample {place} of {name}"
             with own_randomness():
                 if states is None:
                     seed_everything(int(sample_seed(self.reader.seed, number)))
                 else:
                     set_random_states(states)
-                with users_code(f"sample {count} of {name}"):
+                with users_code(what):
                     iterator = iterator or iter(part)
                     sample = next(iterator, end)
                 states = random_states()
             if sample is end:
                 return
-            yield _image_and_label(sample, f"sample {count} of {name}", self.reader.num_classes)
-            count += 1
+            yield _image_and_label(sample, what, self.reader.num_classes)
 
     def forever(self, position: int, limit: int | None) -> Iterator[tuple[Tensor, Any]]:
         """Passes without end, from a sample on; goes on from the last call where that ended there."""
-        if self.position != position:
-            self.position, self.samples = 0, self._passes(limit)
-            while self.position < position:  # a resumed run reads what it had seen
-                next(self.samples)
-                self.position += 1
-        while True:
-            sample = next(self.samples)
+        if self.position != position:  # a resumed run reads what it had seen
+            self.position, self.samples = position, islice(self._passes(limit), position, None)
+        for sample in self.samples:
             self.position += 1
             yield sample
 
     def _passes(self, limit: int | None) -> Iterator[tuple[Tensor, Any]]:
-        number = 0
-        while True:
-            number += 1
-            empty = True
+        for number in count(1):
+            sample = None
             for sample in self.once(limit, number):
-                empty = False
                 yield sample
-            if empty:
+            if sample is None:
                 raise RunError(f"{type(self.reader.part).__name__} gives no sample in pass {number}")
