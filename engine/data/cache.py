@@ -156,9 +156,8 @@ def _open(sidecar: Path, described: dict[str, Any], skip_unreadable: bool) -> tu
         with safe.open_regular(sidecar.with_name(name)) as file:
             if os.fstat(file.fileno()).st_size != math.prod(shape):
                 return None, f"{printable(name)} has not the size it was written with"
-            pixels = np.memmap(
-                file, dtype=np.uint8, mode="c", shape=tuple(shape)
-            )  # never written; "r" makes torch warn
+            # Never written to; "r" makes torch warn.
+            pixels = np.memmap(file, dtype=np.uint8, mode="c", shape=tuple(shape))
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         return None, f"{printable(sidecar.name)} is damaged ({type(error).__name__}: {one_line(error, 80)})"
     return (torch.from_numpy(pixels), unreadable), ""
