@@ -1,7 +1,7 @@
 """The datasets: one function each, named by `_target_` in a YAML of configs/dataset/.
 
-A function takes the settings of its YAML, where their meaning stands, and returns an `ImageData`. What every dataset has
-in common (holding out a validation part, `limit`, transforms, batches) is done elsewhere: adding one is a function here
+A function takes the settings of its YAML, where their meaning stands, and returns an `ImageData`. What all have in
+common (holding out a validation part, `limit`, transforms, batches) is done elsewhere: adding one is a function here
 and a YAML there.
 
 `python datasets.py dataset=...` shows one: a picture of training samples, counts per class, mean and deviation.
@@ -14,7 +14,6 @@ if __name__ == "__main__":
 
     launch("datasets")  # answers help, completion and typos, and only then imports torch and calls main() below
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -136,22 +135,23 @@ def image_folder(root: str, test_fraction: float, channels: int, max_pixels: int
         )
     classes, listed, no_files = list_images(top)
     parts = {name: ImageFiles(*files, channels, max_pixels, no_files=no_files) for name, files in listed.items()}
-    if "test" in parts:
-        return ImageData(parts["train"], parts["test"], classes, val=parts.get("val"))
-    if (top / "train").is_dir():
-        print(f"{shown(top)} has no test/: dataset.test_fraction={test_fraction} of train/ is the test", flush=True)
-    return replace(_split_off_test(parts["train"], test_fraction, classes, shown(root)), val=parts.get("val"))
+    train, test = parts["train"], parts.get("test")
+    if test is None:
+        if (top / "train").is_dir():
+            print(f"{shown(top)} has no test/: dataset.test_fraction={test_fraction} of train/ is the test", flush=True)
+        train, test = _split_off_test(train, test_fraction, shown(root))
+    return ImageData(train, test, classes, val=parts.get("val"))
 
 
-def _split_off_test(files: ImageFiles, fraction: float, classes: list[str], where: str) -> ImageData:
-    """Keep a share of every class for the test, the same samples whatever the seed of a run."""
+def _split_off_test(files: ImageFiles, fraction: float, where: str) -> tuple[ImageFiles, ImageFiles]:
+    """(train, test): a share of every class is for the test, the same samples whatever the seed of a run."""
     test = hold_out(files.targets, len(files), fraction, seed=1)
     if not test.any() or test.all():
         raise RequestError(
             f"{where}: dataset.test_fraction={fraction} of {len(files)} image{'s' * (len(files) != 1)} leaves "
             f"{int(test.sum())} for the test and {int((~test).sum())} for training; change it, or add images"
         )
-    return ImageData(files.part(~test, "train"), files.part(test, "test"), classes)
+    return files.part(~test, "train"), files.part(test, "test")
 
 
 def csv_images(
@@ -176,6 +176,6 @@ def csv_images(
         what = "1 class" if len(empty) == 1 else f"{len(empty):,} classes"
         print(f"{shown(annotations_file)} has no image of {what} ({some(empty)})", flush=True)
     if test_annotations_file is None:
-        return _split_off_test(train, test_fraction, names, annotations_file)
+        return ImageData(*_split_off_test(train, test_fraction, annotations_file), names)
     test = files(read_annotations(test_annotations_file, img_dir), test_annotations_file)
     return ImageData(train, test, names)

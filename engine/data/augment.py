@@ -1,11 +1,12 @@
 """Transforms of whole batches on the device, every sample with its own random draw.
 
-Names and arguments are those of `torchvision.transforms.v2`, which gives a whole batch the same draw; these do not.
-What a sample draws is a pure function of (seed, epoch, sample index, place of the transform in the list), whatever
-batch, process or device it is in.
+Names and arguments are those of `torchvision.transforms.v2`, which gives a whole batch the same draw; these do not. An
+argument that only torchvision's own version has raises NotImplementedError. What a sample draws is a pure function of
+(seed, epoch, sample index, place of the transform in the list), whatever batch, process or device it is in.
 
 Images come as uint8 0 to 255 or as floats, 0 to 1 before `Normalize`. A transform that needs floats gets floats. `fill`
-always counts from 0 to 255. An argument that only torchvision's own version has raises NotImplementedError.
+always counts from 0 to 255, and is one number or one a channel. A range is (least, most); one number stands for one
+around nothing changed.
 """
 
 from __future__ import annotations
@@ -126,13 +127,9 @@ class RandomVerticalFlip(RandomHorizontalFlip):
 
 
 class RandomCrop(Transform):
-    """A window of `size` at a random place of the image, padded first.
+    """A window of `size` at a random place of the image, padded first on all sides.
 
-    Args:
-        size: height and width of the window in pixels; one number is a square.
-        padding: pixels added on each side: all, (left-right, top-bottom) or (left, top, right, bottom).
-        fill: their value, 0 to 255; one number, or one a channel.
-        padding_mode: constant, edge, reflect or symmetric.
+    The padding is for all, (left-right, top-bottom) or (left, top, right, bottom).
     """
 
     random = True
@@ -201,13 +198,7 @@ def _inside(place: Tensor, size: int, padding_mode: str) -> Tensor:
 
 
 class RandomRotation(Transform):
-    """Turn by a random angle about the middle; the size stays.
-
-    Args:
-        degrees: (least, most), counter-clockwise; one number n is (-n, n).
-        interpolation: nearest or bilinear.
-        fill: value of what comes in from outside, 0 to 255; one number, or one a channel.
-    """
+    """Turn by a random angle, counter-clockwise about the middle; the size stays."""
 
     needs_float = True
     random = True
@@ -266,9 +257,8 @@ class RandomErasing(Transform):
     """Overwrite a random rectangle with probability `p` (Zhong et al., arXiv:1708.04896).
 
     Args:
-        p: probability.
-        scale: least and most share of the area.
-        ratio: least and most height by width, drawn on a logarithmic scale.
+        scale: range of its share of the area.
+        ratio: range of its height by width, drawn on a logarithmic scale.
         value: what is put there, in the units that images have at this place of the list; one number, one a channel, or
             random for normal noise in every pixel.
     """
@@ -323,11 +313,9 @@ def _normal(draws: Draws, count: int) -> Tensor:
 
 
 class ColorJitter(Transform):
-    """Change brightness, contrast, saturation and hue, in an order drawn for every sample; images are 0 to 1.
+    """Change brightness, contrast and saturation by factors, hue by a part of the colour circle, -0.5 to 0.5.
 
-    Args:
-        brightness, contrast, saturation: factors (least, most); one number x is (max(0, 1 - x), 1 + x).
-        hue: part of the colour circle (least, most), within -0.5 to 0.5; one number x is (-x, x).
+    The order is drawn for every sample; images are 0 to 1.
     """
 
     needs_float = True
@@ -402,12 +390,7 @@ def _hue_turned(images: Tensor, shift: Tensor) -> Tensor:
 
 
 class Resize(Transform):
-    """Scale to `size` with antialiasing, on bytes or floats.
-
-    Args:
-        size: (height, width); one number is the shorter side, the longer follows in proportion.
-        interpolation: bilinear, bicubic or nearest.
-    """
+    """Scale to (height, width), or so that one number is the shorter side, with antialiasing, on bytes or floats."""
 
     def __init__(
         self,

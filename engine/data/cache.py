@@ -42,16 +42,11 @@ BATCH = 64  # images a worker decodes before it sends them
 
 
 def cached_images(files: ImageFiles, resize: Resize | None, folder: Path, skip_unreadable: bool) -> Cache:
-    """The images of files from their cache, which is made or made again where it does not fit them.
-
-    Args:
-        files: the sources.
-        resize: done before they are kept; None keeps them as they are.
-        folder: where caches lie.
-        skip_unreadable: keep black images in place of those that cannot be read.
+    """The images of files, after `resize` if any, from their cache in `folder`, which is made anew if it does not fit.
 
     Returns:
-        uint8 `[n, channels, height, width]`, mapped into memory; and row to error, of those that could not be read.
+        uint8 `[n, channels, height, width]`, mapped into memory; and row to error of those that could not be
+        read, which are black: that is an error without `skip_unreadable`.
 
     Raises:
         RequestError: an image cannot be read, or they differ in size.

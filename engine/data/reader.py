@@ -25,11 +25,7 @@ LIBRARIES = ("site-packages", "dist-packages", sysconfig.get_path("stdlib"), __f
 
 @contextmanager
 def users_code(what: str) -> Iterator[None]:
-    """Tell what code of the user's raises inside in one line, with the place in it; the exception is kept as the cause.
-
-    Args:
-        what: was asked of it, for the message.
-    """
+    """Raise what code of the user's raises, when asked for `what`, as a RunError of one line with the place in it."""
     try:
         yield
     except RunError:
@@ -44,12 +40,9 @@ def users_code(what: str) -> Iterator[None]:
 
 
 def cannot_be_read(errors: Sequence[str], all_of_them: str, training: bool) -> str:
-    """One line of the images that cannot be read: the first of them, how many there are, and the way out.
+    """One line of what is wrong with images: the first of the errors, how many there are of all, and the way out.
 
-    Args:
-        errors: what is wrong with each.
-        all_of_them: among which they were found, for the message.
-        training: whether `dataset.skip_unreadable` would help.
+    That is `dataset.skip_unreadable`, which helps in training.
     """
     several = len(errors) > 1
     count = f"; {len(errors):,} of {all_of_them} cannot be read" if several else ""
@@ -66,7 +59,7 @@ class Reader:
         seed: of the run.
         num_classes: labels are below it.
         skip_unreadable: another sample of the batch takes the place of an image file that cannot be read.
-        training: whether the samples are for training, where that may be asked for.
+        training: whether to name skip_unreadable as the way out where one cannot be read.
     """
 
     TOGETHER = 8  # samples read before they are transformed: taking turns would clear the processor's caches each time
@@ -88,11 +81,9 @@ class Reader:
         self.size = resized_to(transforms)
 
     def read(self, epoch: int, indices: Tensor, into: Tensor | None = None) -> tuple[Tensor, Tensor, list[str]]:
-        """(images, labels, what was skipped) of samples in an epoch.
+        """(images, labels, what was skipped) of the samples `indices`, int64 `[batch]`, in an epoch from 1.
 
         Args:
-            epoch: counted from 1.
-            indices: int64 `[batch]`, the samples.
             into: memory for at least as many images; they lie there afterwards if they are of its shape and type.
 
         Raises:

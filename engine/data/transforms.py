@@ -177,8 +177,6 @@ def resized_to(transforms: Sequence[Any]) -> tuple[int, int] | None:
 def parse_transforms(listed: Sequence[Any], option: str) -> list[Any]:
     """The transforms of a YAML list: `[RandomHorizontalFlip, RandomCrop: {size: 28, padding: 2}]`.
 
-    What has no version for batches here comes from `torchvision.transforms.v2` and works on one image at a time.
-
     Raises:
         RequestError: an unknown name or argument.
     """
