@@ -32,18 +32,20 @@ def list_images(top: Path) -> tuple[list[str], dict[str, Listed], set[str]]:
         RequestError: the folders are not as they should be, with a guess at what was meant; a class without an image.
     """
     parts = _part_folders(top)
-    train = parts["train"]
-    classes = _class_folders(train)
-    if len(classes) < 2:
-        raise _one_class(train, classes[0], is_top=train == top)
-    walk, listed = _Walk(parts, classes), {}
+    walk, classes, listed = _Walk(parts), list[str](), {}
     for part, folder in parts.items():
-        own = classes if part == "train" else _class_folders(folder)
+        own = _folders(folder)
+        if not own:
+            raise RequestError(f"{shown(folder)}: no folder in it; expected one a class, named after it")
+        if part == "train":
+            classes = own
+            if len(classes) < 2:
+                raise _one_class(folder, classes[0], is_top=folder == top)
         if unknown := [name for name in own if name not in classes]:
-            raise RequestError(f"{shown(folder / unknown[0])}: a class without a folder in {shown(train)}")
+            raise RequestError(f"{shown(folder / unknown[0])}: a class without a folder in {shown(parts['train'])}")
         if missing := [printable(name) for name in classes if name not in own]:
             print(f"no {part} images of {some(missing)}: {shown(folder)} has no such folder", flush=True)
-        listed[part] = walk.images(folder)
+        listed[part] = walk.images(folder, classes)
     _tell(
         walk.not_followed,
         "1 link to a folder of this data set is not followed: each folder is read once",
@@ -142,13 +144,6 @@ def _is(question: Callable[[], bool]) -> bool:
         return False
 
 
-def _class_folders(folder: Path) -> list[str]:
-    names = _folders(folder)
-    if not names:
-        raise RequestError(f"{shown(folder)}: no folder in it; expected one a class, named after it")
-    return names
-
-
 def some(names: Sequence[str]) -> str:
     return ", ".join(names[:10]) + (f" and {len(names) - 10:,} others" if len(names) > 10 else "")
 
@@ -160,29 +155,24 @@ class _Walk:
     images there are read as what they are, or belong to another part.
     """
 
-    def __init__(self, parts: dict[str, Path], classes: list[str]) -> None:
-        self.classes = classes
+    def __init__(self, parts: dict[str, Path]) -> None:
         self.real = [os.path.realpath(folder) for folder in parts.values()]
         self.seen: set[tuple[int, int]] = set()  # folders, by device and number
         self.no_files: set[str] = set()
         self.others: list[str] = []
         self.not_followed: list[str] = []
 
-    def images(self, top: Path) -> Listed:
-        """Paths and labels, those in folders below included, sorted by name.
-
-        Raises:
-            RequestError: a class folder without an image, or one that cannot be listed.
-        """
+    def images(self, top: Path, classes: list[str]) -> Listed:
+        """Those below the class folders in `top`; a RequestError where there is none, or a folder cannot be listed."""
         paths: list[str] = []
         labels: list[int] = []
-        for path, label in watched(self._found(top), f"listing {shown(top)}", None):
+        for path, label in watched(self._found(top, classes), f"listing {shown(top)}", None):
             paths.append(path)
             labels.append(label)
         return paths, labels
 
-    def _found(self, top: Path) -> Iterator[tuple[str, int]]:
-        for label, name in enumerate(self.classes):
+    def _found(self, top: Path, classes: list[str]) -> Iterator[tuple[str, int]]:
+        for label, name in enumerate(classes):
             folder = os.path.join(top, name)
             if not os.path.isdir(folder):
                 continue
@@ -207,15 +197,14 @@ class _Walk:
                 continue
             inner = []
             for entry in _entries(directory):
-                path = os.path.join(directory, entry.name)
                 if _is(entry.is_dir):
-                    inner.append(path)
+                    inner.append(entry.path)
                 elif entry.name.lower().endswith(EXTENSIONS):
                     if not _is(entry.is_file):
-                        self.no_files.add(path)
-                    yield path
+                        self.no_files.add(entry.path)
+                    yield entry.path
                 else:
-                    self.others.append(path)
+                    self.others.append(entry.path)
             waiting += reversed(inner)
 
     def _is_new(self, directory: str) -> bool:
@@ -224,10 +213,9 @@ class _Walk:
             if any(_is_within(leads_to, part) or _is_within(part, leads_to) for part in self.real):
                 return False
         status = os.stat(directory)
-        key = status.st_dev, status.st_ino
-        new = key not in self.seen
-        self.seen.add(key)
-        return new
+        count = len(self.seen)
+        self.seen.add((status.st_dev, status.st_ino))
+        return len(self.seen) > count
 
 
 def _is_within(path: str, folder: str) -> bool:

@@ -62,7 +62,7 @@ class Reader:
         training: whether to name skip_unreadable as the way out where one cannot be read.
     """
 
-    TOGETHER = 8  # samples read before they are transformed: taking turns would clear the processor's caches each time
+    READ_AT_ONCE = 8  # samples, before they are transformed: taking turns would clear the processor's caches each time
 
     def __init__(
         self,
@@ -98,9 +98,9 @@ class Reader:
         """(place in the batch, image, label) of those that can be read; of the others place to error in `skipped`."""
         draws = Draws(self.seed, epoch, indices) if self.draws else None
         seeds = None if self.is_ours else sample_seed(self.seed, epoch, indices).tolist()
-        for first in range(0, len(indices), self.TOGETHER):
+        for first in range(0, len(indices), self.READ_AT_ONCE):
             read: list[tuple[int, Tensor, Any]] = []
-            for place, index in enumerate(indices[first : first + self.TOGETHER].tolist(), first):
+            for place, index in enumerate(indices[first : first + self.READ_AT_ONCE].tolist(), first):
                 if seeds is not None:
                     seed_everything(seeds[place])
                 try:

@@ -174,9 +174,10 @@ class Workers:
                 self.first(epoch, batches[0])
         slots = self.slots.mapped(*self.layout) if self.slots and self.layout else None
         # There is one slot more than batches under way, so the one in use is asked for again only when it was left.
-        places = range(len(batches))
-        chosen = [None if slots is None else (place % len(slots), *self.layout) for place in places]  # type: ignore
-        asked = [(epoch, indices.numpy(), slot) for indices, slot in zip(batches, chosen, strict=True)]
+        asked = [
+            (epoch, indices.numpy(), None if slots is None else (place % len(slots), *self.layout))  # type: ignore
+            for place, indices in enumerate(batches)
+        ]
         for place, (images, labels, skipped) in enumerate(self._answers(asked)):
             if isinstance(images, int):
                 images = slots[place % len(slots), :images]  # type: ignore[index, arg-type]
