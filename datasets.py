@@ -151,7 +151,7 @@ def _split_off_test(files: ImageFiles, fraction: float, where: str) -> tuple[Ima
             f"{where}: dataset.test_fraction={fraction} of {len(files)} image{'s' * (len(files) != 1)} leaves "
             f"{int(test.sum())} for the test and {int((~test).sum())} for training; change it, or add images"
         )
-    return files.part(~test, "train"), files.part(test, "test")
+    return files.subset(~test, "train"), files.subset(test, "test")
 
 
 def csv_images(

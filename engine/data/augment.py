@@ -43,10 +43,6 @@ def check_size(height: int, width: int) -> None:
         raise ValueError(f"it would make an image of {height}x{width} pixels; at most {MOST_PIXELS:,} are made")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Arguments
-
-
 def _probability(p: float) -> float:
     if not 0 <= p <= 1:
         raise ValueError(f"p={p}: expected a probability, 0 to 1")
@@ -70,10 +66,6 @@ def _choice(argument: str, given: str, *known: str) -> str:
     if given not in known:
         raise ValueError(f"{argument}={given}: expected {', '.join(known[:-1])} or {known[-1]}")
     return given
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Batch transforms
 
 
 class Transform:

@@ -67,7 +67,7 @@ def read_image(
     animation the first picture counts.
 
     Args:
-        path: JPEG, PNG, WebP, BMP, GIF or TIFF.
+        path: of one of the six formats.
         channels: 1 for grey, 3 for RGB.
         max_pixels: width times height allowed.
         at_least: (height, width) that it will be resized to: a JPEG of at least four times these pixels a side may be
@@ -111,8 +111,7 @@ def open_image(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
     """A Pillow image of one of the six formats, its header read and its pixels not yet.
 
     Raises:
-        OSError: it is no regular file, or cannot be read.
-        Exception: whatever else Pillow raises for a damaged file.
+        Exception: OSError where it is no regular file, or whatever Pillow raises for a damaged one.
     """
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # ours names the size and the file
     try:
@@ -241,10 +240,6 @@ class ImageData:
     val: Samples | None = None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Image files
-
-
 class ImageFiles(Dataset):
     """Image files and their labels, in `targets`, int64 `[n]`.
 
@@ -278,7 +273,7 @@ class ImageFiles(Dataset):
         """The image alone; `at_least` as in `read_image`."""
         return read_image(str(self.paths[index]), self.channels, self.max_pixels, at_least)
 
-    def part(self, chosen: Tensor, name: str) -> ImageFiles:
+    def subset(self, chosen: Tensor, name: str) -> ImageFiles:
         """The samples of a mask, in their order."""
         rows = chosen.nonzero().flatten()
         paths, labels = self.paths[rows.numpy()].tolist(), self.targets[rows].tolist()

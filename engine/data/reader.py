@@ -191,11 +191,9 @@ def _image_and_label(sample: Any, what: str, num_classes: int) -> tuple[Tensor, 
     if not isinstance(image, Tensor):  # a Pillow image, or an array [height, width, channels]
         if getattr(image, "mode", None) == "P":
             raise RunError(f"{what} is a Pillow image with a palette; expected its colours: image.convert('RGB')")
-        pixels = np.asarray(image)
+        pixels, kind = np.asarray(image), type(image).__name__
         if pixels.dtype not in (np.uint8, np.float32, np.float64):
-            raise RunError(
-                f"{what} has an image of {type(image).__name__}; expected a tensor, an array or a Pillow image"
-            )
+            raise RunError(f"{what} has an image of {kind}; expected a tensor, an array or a Pillow image")
         image = torch.from_numpy(pixels.copy())
         image = image.permute(2, 0, 1) if image.ndim == 3 else image
     image = image.unsqueeze(0) if image.ndim == 2 else image
