@@ -515,7 +515,7 @@ def faulty_stream():
 @pytest.mark.parametrize("workers", [0, 2])
 def test_what_a_users_dataset_raises_is_one_line_with_its_place_and_the_cause(workers):
     line = next(n for n, text in enumerate(Path(__file__).read_text().splitlines(), 1) if '{}["caption"]' in text)
-    says = rf"^sample 7 of Faulty raised KeyError: 'caption' \(test_loader\.py:{line}\)$"
+    says = rf"^sample 7 of Faulty raised KeyError: 'caption' \(test_data_batches\.py:{line}\)$"
     with pytest.raises(RunError, match=says) as told:
         list(batches_of(settings("faulty"), num_workers=workers).epoch(1))
     cause = "".join(traceback.format_exception(told.value))
@@ -524,7 +524,8 @@ def test_what_a_users_dataset_raises_is_one_line_with_its_place_and_the_cause(wo
 
 def test_what_a_users_stream_raises_is_one_line():
     batches = batches_of(settings("faulty_stream", steps_per_epoch=2))
-    with pytest.raises(RunError, match=r"^sample 1 of FaultyStream raised ZeroDivisionError: nothing left \(test_load"):
+    says = r"^sample 1 of FaultyStream raised ZeroDivisionError: nothing left \(test_data_batches"
+    with pytest.raises(RunError, match=says):
         list(batches.epoch(1))
 
 
@@ -593,7 +594,7 @@ def failing(labels, num_classes):
 def test_a_label_transform_that_fails_is_one_line():
     given = settings("in_memory", target_transform=f"{__name__}.failing")
     with pytest.raises(
-        RunError, match=r"target_transform of labels \[8\] raised LookupError: no such class \(test_load"
+        RunError, match=r"target_transform of labels \[8\] raised LookupError: no such class \(test_data_batches"
     ):
         list(batches_of(given).epoch(1))
 
