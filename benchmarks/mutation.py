@@ -54,7 +54,7 @@ TESTS: dict[str, Sequence[str]] = {
     "engine/run/archive.py": ["trust", "checkpoint"],
     "engine/run/runs.py": ["train", "evaluate", "resume"],
     "engine/command/resume.py": ["reference", "resume"],
-    "engine/command/sweep.py": ["sweep"],
+    "engine/command/sweep.py": ["command_sweep"],
     "train.py": ["progress", "reference", "train", "resume"],
 }
 IMPORTED = ("torch", "torchvision.transforms.v2", "numpy", "hydra", "pytest", "matplotlib.figure", "tqdm", "sklearn")

@@ -1,4 +1,4 @@
-"""engine/config.py: help, completion and every wrong request, answered in one line, without torch, leaving nothing."""
+"""The command line: help, completion and every wrong request, answered in one line, without torch, leaving nothing."""
 
 from __future__ import annotations
 
