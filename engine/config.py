@@ -16,7 +16,7 @@ import math
 import os
 import re
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,54 +38,28 @@ BUILT_GROUPS = ("model", "dataset", "optimizer", "scheduler", "criterion")  # th
 
 
 # What other programs call a setting or group of ours.
-OTHER_WORDS = {
-    "loss": "criterion",
-    "criteria": "criterion",
-    "loss_fn": "criterion",
-    "arch": "model",
-    "architecture": "model",
-    "net": "model",
-    "network": "model",
-    "data": "dataset",
-    "optim": "optimizer",
-    "opt": "optimizer",
-    "learning_rate": "optimizer.lr",
-    "wd": "optimizer.weight_decay",
-    "lr_scheduler": "scheduler",
-    "schedule": "scheduler",
-    "sched": "scheduler",
-    "bs": "batch_size",
-    "bsz": "batch_size",
-    "workers": "num_workers",
-    "threads": "num_workers",
-    "gpu": "device",
-    "gpus": "device",
-    "cuda": "device",
-    "accelerator": "device",
-    "max_epochs": "epochs",
-    "num_epochs": "epochs",
-    "n_epochs": "epochs",
-    "grad_clip": "clip_grad_norm",
-    "gradient_clip_val": "clip_grad_norm",
-    "augmentation": "dataset.train_transforms",
-    "transforms": "dataset.train_transforms",
-    "transform": "dataset.train_transforms",
-    "data_dir": "dataset.root",
-    "path": "dataset.root",
-    "run_name": "name",
-    "output": "name",
-    "output_dir": "name",
-    "random_seed": "seed",
-    "ckpt": "checkpoint",
-    "ckpt_path": "checkpoint",
-    "weights": "checkpoint",
-    "model_path": "checkpoint",
-    "image": "images",
-    "input": "images",
-    "source": "images",
-    "k": "top_k",
-    "topk": "top_k",
+_WORDS_ELSEWHERE = {
+    "criterion": "loss criteria loss_fn",
+    "model": "arch architecture net network",
+    "dataset": "data",
+    "optimizer": "optim opt",
+    "optimizer.lr": "learning_rate",
+    "optimizer.weight_decay": "wd",
+    "scheduler": "lr_scheduler schedule sched",
+    "batch_size": "bs bsz",
+    "num_workers": "workers threads",
+    "device": "gpu gpus cuda accelerator",
+    "epochs": "max_epochs num_epochs n_epochs",
+    "clip_grad_norm": "grad_clip gradient_clip_val",
+    "dataset.train_transforms": "augmentation transforms transform",
+    "dataset.root": "data_dir path",
+    "name": "run_name output output_dir",
+    "seed": "random_seed",
+    "checkpoint": "ckpt ckpt_path weights model_path",
+    "images": "image input source",
+    "top_k": "k topk",
 }
+OTHER_WORDS = {word: ours for ours, words in _WORDS_ELSEWHERE.items() for word in words.split()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -194,13 +168,14 @@ def read_settings(
     def walk(node: yaml.MappingNode, values: Any, path: str) -> None:
         for key, value in node.value:
             name = path + key.value
-            if name in (prefix + "defaults", prefix + "hydra") and path == prefix:
-                if key.value == "defaults":
-                    for parent in yaml.safe_load(yaml.serialize(value)):
-                        if isinstance(parent, str) and parent != "_self_":
-                            name = parent.partition("@")[0]
-                            name = name[1:] if name.startswith("/") else f"{group}/{name}".lstrip("/")
-                            settings.update(read_settings(find_yaml(directories, name), prefix, directories, group))
+            if path == prefix and key.value == "hydra":
+                continue
+            if path == prefix and key.value == "defaults":
+                for parent in yaml.safe_load(yaml.serialize(value)):
+                    if isinstance(parent, str) and parent != "_self_":
+                        name = parent.partition("@")[0]
+                        name = name[1:] if name.startswith("/") else f"{group}/{name}".lstrip("/")
+                        settings.update(read_settings(find_yaml(directories, name), prefix, directories, group))
             elif isinstance(value, yaml.MappingNode) and value.value:
                 walk(value, values[key.value], name + ".")
             else:
@@ -220,9 +195,26 @@ def _setting(name: str, default: Any, comment: str, inherited: Setting | None) -
     if inherited:  # a file that builds on another changes the default, not the meaning
         return Setting(name, default, inherited.kind, inherited.rule, inherited.nullable, inherited.meaning)
     kind = type(default).__name__ if type(default) in (int, float, bool, str, list) else "any"
-    if isinstance(default, str) and default.startswith("${"):
+    if str(default).startswith("${"):
         kind = "any"
     return Setting(name, default, kind, "", default is None, comment)
+
+
+def known_settings(entry: str, choices: dict[str, Any], directories: Sequence[Path] = (CONFIGS,)) -> dict[str, Setting]:
+    """Every setting of an entry point, given the option chosen of each group (or several, or None)."""
+    known = read_settings(find_yaml(directories, entry), directories=directories)
+    for group, option in choices.items():
+        for name in option if isinstance(option, list) else [option]:
+            if name is not None and group not in GLOBAL_GROUPS:
+                known |= read_settings(find_yaml(directories, f"{group}/{name}"), f"{group}.", directories, group)
+    return known
+
+
+def default_choices(entry: str, directories: Sequence[Path] = (CONFIGS,)) -> dict[str, Any]:
+    """The groups of an entry point with the option that each has unless another is chosen."""
+    defaults = yaml.safe_load(find_yaml(directories, entry).read_text(encoding="utf-8")).get("defaults", [])
+    groups = {group: option for entry in defaults if isinstance(entry, dict) for group, option in entry.items()}
+    return {group: option for group, option in groups.items() if not group.startswith("override ")}
 
 
 def group_options(directories: Iterable[Path] = (CONFIGS,)) -> dict[str, list[str]]:
@@ -253,48 +245,34 @@ def check(config: DictConfig, choices: dict[str, Any], directories: Sequence[Pat
         RequestError: an unknown or missing setting, or a value of the wrong type or out of its range.
     """
     try:
-        plain = OmegaConf.to_container(config, resolve=True)
+        plain: Any = OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as error:
         raise RequestError(f"the configuration cannot be resolved: {one_line(error)}") from None
-    assert isinstance(plain, dict)
-    choices = {group: option for group, option in choices.items() if "/" not in group} | _list_choices(config, entry)
-    known = read_settings(find_yaml(directories, entry), directories=directories)
-    for group, default in default_choices(find_yaml(directories, entry)).items():
-        if default is not None and not group.startswith("override ") and choices.get(group) is None:
+    choices = {group: option for group, option in choices.items() if "/" not in group}
+    if entry == "train":  # which Hydra does not list, as there may be several: `logger=[tensorboard,mlflow]`
+        choices["logger"] = [str(name) for name in plain.get("logger") or {}]
+    for group, default in default_choices(entry, directories).items():
+        if default is not None and choices.get(group) is None:
             raise RequestError(f"{group} has to be one of {', '.join(group_options(directories).get(group, []))}")
-    for group, option in choices.items():
-        for name in option if isinstance(option, list) else [option]:
-            if name is None or group in GLOBAL_GROUPS:
-                continue
-            file = find_yaml(directories, f"{group}/{name}")
-            own = read_settings(file, f"{group}.", directories, group)
-            if group in BUILT_GROUPS and f"{group}._target_" not in own:
-                raise RequestError(f"{file}: names nothing to build; expected `_target_: ` and a class or function")
-            known |= own
+    known = known_settings(entry, choices, directories)
+    for group in BUILT_GROUPS:
+        if choices.get(group) is not None and f"{group}._target_" not in known:
+            file = find_yaml(directories, f"{group}/{choices[group]}")
+            raise RequestError(f"{file}: names nothing to build; expected `_target_: ` and a class or function")
 
-    for name, value in leaves(plain, known):
+    values = dict(leaves(plain, known))
+    for name, value in values.items():
         if entry == "evaluate" and name.startswith("dataset.") and choices.get("dataset") is None:
             continue  # belongs to the dataset that the checkpoint names, and is checked against that
         if value == "???" and plain.get("resume"):
             continue  # the run that is resumed has it
         check_value(name, value, known)
         if known[name].kind == "str" and isinstance(value, (int, float)):
-            OmegaConf.update(config, name, str(value))  # name=123 is text that looks like a number
-    plain = OmegaConf.to_container(config, resolve=True)
-    assert isinstance(plain, dict)
-    present = dict(leaves(plain, known))
+            put(plain, name, str(value))  # name=123 is text that looks like a number
     for name in known:
-        if name not in present:
+        if name not in values:
             raise RequestError(f"the setting {name!r} was taken out (~{name}); it is needed, set it to a value instead")
-    return {**{str(key): value for key, value in plain.items()}, "choices": choices}
-
-
-def _list_choices(config: DictConfig, entry: str) -> dict[str, Any]:
-    """Of the group that takes several options at once (`logger=[tensorboard,mlflow]`) the chosen ones.
-
-    Hydra does not list them among its choices; each option's values stand under the option's own name.
-    """
-    return {"logger": [str(name) for name in config.get("logger") or {}]} if entry == "train" else {}
+    return {**plain, "choices": choices}
 
 
 def check_value(name: str, value: Any, known: dict[str, Setting]) -> None:
@@ -363,14 +341,22 @@ def no_such_setting(name: str, known: Iterable[str]) -> str:
     return f"there is no setting {shortened(name)!r}{near}; {there_are}"
 
 
-def leaves(tree: dict[Any, Any], known: dict[str, Setting], path: str = "") -> Iterable[tuple[str, Any]]:
-    """Dotted name and value of every setting of a configuration; a `known` setting may itself be a dictionary."""
+def leaves(tree: dict[Any, Any], whole: Container[str] = (), path: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted name and value of all that a configuration holds, dictionaries of a name in `whole` as they are."""
     for key, value in tree.items():
         name = f"{path}{key}"
-        if isinstance(value, dict) and value and name not in known:
-            yield from leaves(value, known, name + ".")
+        if isinstance(value, dict) and value and name not in whole:
+            yield from leaves(value, whole, name + ".")
         else:
             yield name, value
+
+
+def put(tree: dict[str, Any], name: str, value: Any) -> None:
+    """Set what stands under a dotted name, as `leaves` gives it."""
+    *path, last = name.split(".")
+    for key in path:
+        tree = tree.setdefault(key, {})
+    tree[last] = value
 
 
 def find_yaml(directories: Sequence[Path], name: str) -> Path:
@@ -384,11 +370,6 @@ def as_typed(value: Any) -> str:
     if isinstance(value, int) and abs(value) > LARGEST:
         return hex(value) if value.bit_length() > 256 else str(value)  # Python refuses to write out thousands of digits
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def default_choices(file: Path) -> dict[str, Any]:
-    defaults = yaml.safe_load(file.read_text(encoding="utf-8")).get("defaults", [])
-    return {group: option for entry in defaults if isinstance(entry, dict) for group, option in entry.items()}
 
 
 def no_such_option(group: str, option: str, options: Sequence[str]) -> str:

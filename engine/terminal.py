@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from tqdm import tqdm
@@ -92,6 +92,16 @@ def guard() -> None:
 def is_cut_off(error: BaseException) -> bool:
     """Whether an exception only says that standard output takes nothing more."""
     return isinstance(sys.stdout, Stream) and error is sys.stdout.failure
+
+
+@contextlib.contextmanager
+def until_cut_off() -> Iterator[None]:
+    """A part of the program that quietly ends where standard output takes nothing more, which `release` tells."""
+    try:
+        yield
+    except OSError as error:
+        if not is_cut_off(error):
+            raise
 
 
 def release(exit_code: int) -> int:

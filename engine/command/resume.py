@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from engine.config import as_typed, check_value, leaves
+from engine.config import as_typed, check_value, known_settings, leaves, put
 from engine.errors import RequestError, shortened
 from engine.run import runs, trust
 
@@ -80,17 +80,13 @@ def adopt(config: dict[str, Any], overrides: Iterable[str], directories: Sequenc
         if name in groups and name not in config:
             raise RequestError(f"{name}=: cannot be changed when resuming; set its values one by one")
     typed = [name for name in typed if name not in config["choices"]] + groups
-    known = trust.known_settings(config["choices"], directories)
+    known = known_settings("train", config["choices"], directories)
     here = {key: value for key, value in config.items() if key != "choices"}
     own_values = {key: value for key, value in own.items() if key != "choices"}
     taken, left = trust.taken_over(here, own_values, typed, directory, known, ours)
     result = copy.deepcopy(config)
     for name, value in taken.items():
-        *path, last = name.split(".")
-        target = result
-        for key in path:
-            target = target[key]
-        target[last] = value
+        put(result, name, value)
     result |= {"resume": str(directory), "resume_changed": config["resume_changed"], "changed": []}
 
     for name, value in leaves({key: result[key] for key in here}, known):

@@ -44,7 +44,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from engine import files, terminal
 from engine.config import ROOT
-from engine.errors import Interrupted, RequestError, RunError, interrupt_behind, one_line, printable
+from engine.errors import Interrupted, RequestError, RunError, counted, interrupt_behind, one_line, printable
 from engine.run import compare, runs, trust
 
 INSTALL = "pip install '.[sweep]'"
@@ -147,7 +147,7 @@ def start(config: DictConfig, check: Callable[[DictConfig], Any]) -> None:
     if "submitit" in str(config.hydra.launcher._target_):
         threading.Thread(target=_tell_news, args=(_started,), daemon=True).start()
     left = f", {settings['first_number']} of them done" if settings["first_number"] else ""
-    _say(f"sweep    {directory}, {compare.counted(total, 'trial' if optuna else 'job')}{left}")
+    _say(f"sweep    {directory}, {counted(total, 'trial' if optuna else 'job')}{left}")
 
 
 def _tell_news(sweep: Sweep) -> None:
@@ -519,7 +519,7 @@ def finish(exit_code: int) -> int:
     elif not any(directory.glob("*/.hydra")) and not (directory / "study.db").exists():
         _remove(directory)
     if failed:
-        print(f"\n{len(failed)} of {compare.counted(len(news), 'job')} failed:", file=sys.stderr)
+        print(f"\n{len(failed)} of {counted(len(news), 'job')} failed:", file=sys.stderr)
         for record in failed:
             _report(record, record["reason"])
     if exit_code and directory.is_dir():
