@@ -77,7 +77,7 @@ def _answer(entry: str, arguments: list[str]) -> None:
     except (Exception, KeyboardInterrupt) as error:
         if terminal.is_cut_off(error):
             raise
-        if isinstance(error, ValueError) and sweep.has_failures() and not interrupt_behind(error):
+        if isinstance(error, ValueError) and sweep.started and sweep.started.failed() and not interrupt_behind(error):
             return  # Optuna, which finds no best trial where all have failed; those were told
         fail(_as_ours(error, arguments, entry))
 
@@ -107,7 +107,7 @@ def _as_hydra_wants_it(entry: str, arguments: list[str]) -> list[str]:
         # Settings of the checkpoint's own dataset: let them through, main() holds them against the checkpoint.
         overrides = ["++" + a if a.startswith("dataset.") else a for a in overrides]
     if entry == "train":
-        _, overrides = _split(entry, resume.with_choices_of_run(options + overrides, directories), directories)
+        overrides = resume.choices_of_run(options + overrides, directories) + overrides
     return options + overrides
 
 
@@ -138,7 +138,7 @@ def _as_ours(error: BaseException, arguments: list[str], entry: str) -> RunError
         return error
     if code := interrupt_behind(error):
         return Interrupted("interrupted", code)
-    if sweep.has_started():
+    if sweep.started:
         return RunError(f"the sweep: {type(error).__name__}: {one_line(error)}")
     try:  # while composing Hydra, OmegaConf, PyYAML and the file system each raise their own
         return RequestError(explained(error, arguments, entry))
@@ -197,7 +197,7 @@ def _without_hydra(config: DictConfig) -> DictConfig:
 def _job(config: DictConfig) -> Any:
     """One job: check its configuration, import its entry point (and with it torch), run it."""
     terminal.guard()  # of a launcher's process, too
-    if HydraConfig.get().mode == RunMode.MULTIRUN:
+    if sweep.is_job():
         return sweep.run_job(config, _checked, _main)
     try:
         checked = _checked(config)
