@@ -17,7 +17,7 @@ import os
 import re
 import traceback
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,17 @@ OTHER_WORDS = {word: ours for ours, words in _WORDS_ELSEWHERE.items() for word i
 # Settings, read from the YAML files
 
 
+_KINDS: dict[str, tuple[str, Any]] = {  # of a value that is no list, or of any list: in words, and in Python
+    "int": ("an integer", int),
+    "float": ("a number", (int, float)),
+    "bool": ("true or false", bool),
+    "str": ("text", (str, int, float)),
+    "list": ("a list", list),
+    "str or list of str": ("text or a list of texts", (str, int, float)),
+    "any": ("a value", object),
+}
+
+
 @dataclass(frozen=True)
 class Setting:
     """One setting of a YAML file.
@@ -89,34 +100,29 @@ class Setting:
     @property
     def expected(self) -> str:
         """What a value has to be, in words."""
-        words = {"int": "an integer", "float": "a number", "bool": "true or false", "str": "text", "list": "a list"}
-        described = words.get(self.kind, "a value")
-        if self.kind == "str or list of str":
-            described = "text or a list of texts"
-        elif self.kind.startswith("list of "):
+        if self.kind.startswith("list of "):
             described = self.kind.replace("list of", "a list of").replace("int", "integers").replace("float", "numbers")
+        else:
+            described, _ = _KINDS[self.kind]
         return f"{described} {self.rule}".strip() + (" or null" if self.nullable else "")
 
     def accepts(self, value: Any) -> bool:
         """Whether `value` is of this setting's type and in its range."""
         if value is None:
             return self.nullable
-        if self.kind == "str or list of str":
-            texts = value if isinstance(value, list) else [value]
-            return all(isinstance(v, (str, int, float)) and not isinstance(v, bool) for v in texts)
-        if self.kind.startswith("list of "):
-            *count, kind = self.kind.removeprefix("list of ").split()
-            one = Setting(self.name, None, kind, self.rule, False, "")
+        if self.kind.startswith("list of ") or (self.kind == "str or list of str" and isinstance(value, list)):
+            *count, kind = self.kind.rpartition("list of ")[2].split()
+            one = replace(self, kind=kind, nullable=False)
             right_count = isinstance(value, list) and (not count or len(value) == int(count[0]))
             return right_count and all(one.accepts(item) for item in value)
-        if isinstance(value, (int, float)) and self.kind in ("int", "float") and _is_too_large(value):
+        _, types = _KINDS[self.kind]
+        if not isinstance(value, types):
             return False
-        kinds = {"int": int, "float": (int, float), "bool": bool, "str": (str, int, float), "list": list}
-        if self.kind in kinds and not isinstance(value, kinds[self.kind]):  # type: ignore[arg-type]
-            return False
-        if isinstance(value, bool) and self.kind != "bool":
-            return self.kind == "any"
+        if isinstance(value, bool):
+            return self.kind in ("bool", "any")
         if isinstance(value, float) and not math.isfinite(value):
+            return False
+        if isinstance(value, (int, float)) and self.kind in ("int", "float") and _is_too_large(value):
             return False
         return not self.rule or _obeys(value, self.rule)
 
@@ -188,14 +194,13 @@ def read_settings(
 
 
 def _setting(name: str, default: Any, comment: str, inherited: Setting | None) -> Setting:
-    found = _COMMENT.fullmatch(comment)
-    if found:
+    if found := _COMMENT.fullmatch(comment):
         rule = (found["rule"] or "").strip()
         return Setting(name, default, found["kind"], rule, bool(found["null"]), found["meaning"])
     if inherited:  # a file that builds on another changes the default, not the meaning
-        return Setting(name, default, inherited.kind, inherited.rule, inherited.nullable, inherited.meaning)
-    kind = type(default).__name__ if type(default) in (int, float, bool, str, list) else "any"
-    if str(default).startswith("${"):
+        return replace(inherited, default=default)
+    kind = type(default).__name__
+    if kind not in _KINDS or str(default).startswith("${"):
         kind = "any"
     return Setting(name, default, kind, "", default is None, comment)
 

@@ -30,7 +30,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -115,8 +115,10 @@ def start(config: DictConfig, check: Callable[[DictConfig], Any]) -> None:
     if "name" in swept:
         raise RequestError("name: names the whole sweep, so it cannot be swept; the runs are named by what differs")
     optuna = str(config.hydra.sweeper._target_).endswith("OptunaSweeper")
-    first_and_last = zip(*((values[0], values[-1]) for values in choices.values()), strict=True)
-    for job in itertools.islice(first_and_last if optuna else itertools.product(*choices.values()), MOST_CHECKED):
+    jobs: Iterable[Sequence[str]] = itertools.product(*choices.values())
+    if optuna:  # which proposes values between the first and the last ones
+        jobs = [[values[place] for values in choices.values()] for place in (0, -1)]
+    for job in itertools.islice(jobs, MOST_CHECKED):
         check(GlobalHydra.instance().config_loader().load_sweep_config(config, list(job)))
     total = int(config.hydra.sweeper.n_trials) if optuna else math.prod(map(len, choices.values()))
 
@@ -326,10 +328,8 @@ def run_job(
 
 def _varying(overrides: list[str], names: list[str]) -> list[str]:
     """The overrides that tell this job from the others, without Hydra's + before a name."""
-    plain = [text.lstrip("+") for text in overrides]
-    return [text for text in plain if text.partition("=")[0] in names] or [
-        t for t in plain if not t.startswith("name=")
-    ]
+    plain = [text.lstrip("+") for text in overrides if not text.startswith("name=")]
+    return [text for text in plain if text.partition("=")[0] in names] or plain
 
 
 def _fingerprint(plain: dict[str, Any]) -> str:
