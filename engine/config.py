@@ -72,7 +72,7 @@ _KINDS: dict[str, tuple[str, Any]] = {  # of a value that is no list, or of any 
     "bool": ("true or false", bool),
     "str": ("text", (str, int, float)),
     "list": ("a list", list),
-    "str or list of str": ("text or a list of texts", (str, int, float)),
+    "str or list of str": ("text or a list of texts", (str, int, float, list)),
     "any": ("a value", object),
 }
 
@@ -110,8 +110,11 @@ class Setting:
         """Whether `value` is of this setting's type and in its range."""
         if value is None:
             return self.nullable
-        if self.kind.startswith("list of ") or (self.kind == "str or list of str" and isinstance(value, list)):
-            *count, kind = self.kind.rpartition("list of ")[2].split()
+        if self.kind == "str or list of str":
+            texts = value if isinstance(value, list) else [value]
+            return all(isinstance(text, (str, int, float)) and not isinstance(text, bool) for text in texts)
+        if self.kind.startswith("list of "):
+            *count, kind = self.kind.removeprefix("list of ").split()
             one = replace(self, kind=kind, nullable=False)
             right_count = isinstance(value, list) and (not count or len(value) == int(count[0]))
             return right_count and all(one.accepts(item) for item in value)
@@ -122,7 +125,7 @@ class Setting:
             return self.kind in ("bool", "any")
         if isinstance(value, float) and not math.isfinite(value):
             return False
-        if isinstance(value, (int, float)) and self.kind in ("int", "float") and _is_too_large(value):
+        if self.kind in ("int", "float") and _limit_below(value):
             return False
         return not self.rule or _obeys(value, self.rule)
 
@@ -165,31 +168,31 @@ def read_settings(
     try:
         text = file.read_text(encoding="utf-8")
         tree = yaml.compose(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-        values = OmegaConf.to_container(OmegaConf.create(text)) if tree else {}
+        values: Any = OmegaConf.to_container(OmegaConf.create(text)) if tree else {}
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise RequestError(f"{file}: not valid YAML: {one_line(error)}") from None
     settings: dict[str, Setting] = {}
+    if not isinstance(tree, yaml.MappingNode):
+        return settings
+    for parent in values.get("defaults") or []:
+        if isinstance(parent, str) and parent != "_self_":
+            name = parent.partition("@")[0]
+            name = name[1:] if name.startswith("/") else f"{group}/{name}".lstrip("/")
+            settings |= read_settings(find_yaml(directories, name), prefix, directories, group)
     lines = text.splitlines()
 
     def walk(node: yaml.MappingNode, values: Any, path: str) -> None:
         for key, value in node.value:
             name = path + key.value
-            if path == prefix and key.value == "hydra":
+            if path == prefix and key.value in ("defaults", "hydra"):
                 continue
-            if path == prefix and key.value == "defaults":
-                for parent in yaml.safe_load(yaml.serialize(value)):
-                    if isinstance(parent, str) and parent != "_self_":
-                        name = parent.partition("@")[0]
-                        name = name[1:] if name.startswith("/") else f"{group}/{name}".lstrip("/")
-                        settings.update(read_settings(find_yaml(directories, name), prefix, directories, group))
-            elif isinstance(value, yaml.MappingNode) and value.value:
+            if isinstance(value, yaml.MappingNode) and value.value:
                 walk(value, values[key.value], name + ".")
             else:
                 comment = lines[key.start_mark.line][key.end_mark.column :].partition(" #")[2].strip()
                 settings[name] = _setting(name, values[key.value], comment, settings.get(name))
 
-    if isinstance(tree, yaml.MappingNode):
-        walk(tree, values, prefix)
+    walk(tree, values, prefix)
     return settings
 
 
@@ -290,8 +293,8 @@ def check_value(name: str, value: Any, known: dict[str, Setting]) -> None:
     typed = f"{name}={shortened(as_typed(value))}"
     if not setting.accepts(value):
         why = ""
-        if isinstance(value, (int, float)) and _is_too_large(value):
-            why = f", of at most {_largest(value)}"
+        if isinstance(value, (int, float)) and (most := _limit_below(value)):
+            why = f", of at most {most}"
         elif setting.kind.startswith("list") and isinstance(value, (str, int, float)):
             why = f"; write {name}=[{shortened(as_typed(value))}]"
         raise RequestError(f"{typed}: expected {setting.expected}{why}")
@@ -299,13 +302,11 @@ def check_value(name: str, value: Any, known: dict[str, Setting]) -> None:
         raise RequestError(f"{typed}: {trouble}")
 
 
-def _is_too_large(number: int | float) -> bool:
-    """Whether a number has no room where it is going to; infinity and what is no number have room in a float."""
-    return abs(number) > LARGEST if isinstance(number, int) else LARGEST_FLOAT < abs(number) < math.inf
-
-
-def _largest(number: int | float) -> str:
-    return f"{LARGEST:,}" if isinstance(number, int) else str(LARGEST_FLOAT)
+def _limit_below(number: int | float) -> str:
+    """The limit that a number exceeds, so that there is no room for it; infinity and NaN have room in a float."""
+    if isinstance(number, int):
+        return f"{LARGEST:,}" if abs(number) > LARGEST else ""
+    return str(LARGEST_FLOAT) if LARGEST_FLOAT < abs(number) < math.inf else ""
 
 
 def _trouble_of(value: Any) -> str:
@@ -313,8 +314,8 @@ def _trouble_of(value: Any) -> str:
     if isinstance(value, (list, dict)):
         parts = [*value, *value.values()] if isinstance(value, dict) else value
         return next(filter(None, map(_trouble_of, parts)), "")
-    if isinstance(value, (int, float)) and _is_too_large(value):
-        return f"holds a number beyond {_largest(value)}"
+    if isinstance(value, (int, float)) and (most := _limit_below(value)):
+        return f"holds a number beyond {most}"
     if not isinstance(value, str):
         return ""
     try:
@@ -323,9 +324,9 @@ def _trouble_of(value: Any) -> str:
         return "not in UTF-8; expected text, or a file or folder that is renamed so"
     if b"\0" in encoded:
         return "holds a zero byte, which no name may"
-    most, most_of_part = LONGEST
-    if len(encoded) > most or max(map(len, encoded.split(b"/"))) > most_of_part:
-        return f"too long; expected at most {most:,} bytes, and {most_of_part} between two slashes"
+    longest, longest_part = LONGEST
+    if len(encoded) > longest or max(map(len, encoded.split(b"/"))) > longest_part:
+        return f"too long; expected at most {longest:,} bytes, and {longest_part} between two slashes"
     return ""
 
 

@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from tqdm import tqdm
@@ -130,6 +130,15 @@ def release(exit_code: int) -> int:
 def width() -> int | None:
     """Columns of the terminal that standard output is, None where it is none."""
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+
+def aligned(columns: Iterable[Sequence[str]], to_the_right: Iterable[bool]) -> str:
+    """Columns of text side by side, each as wide as its widest cell, and which of them are aligned to the right."""
+    padded = []
+    for cells, right in zip(columns, to_the_right, strict=True):
+        widest = max(map(len, cells))
+        padded.append([cell.rjust(widest) if right else cell.ljust(widest) for cell in cells])
+    return "\n".join("  ".join(line).rstrip() for line in zip(*padded, strict=True))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

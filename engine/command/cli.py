@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import json
 import os
@@ -83,11 +84,7 @@ def _answer(entry: str, arguments: list[str]) -> None:
 
 
 def _as_hydra_wants_it(entry: str, arguments: list[str]) -> list[str]:
-    """The command line with Hydra's own options first and what was typed as people do put as Hydra understands it.
-
-    Raises:
-        RequestError: it cannot be meant so.
-    """
+    """The command line with Hydra's own options first and what was typed as people do put as Hydra understands it."""
     directories = directories_of(arguments)
     typed_options, overrides = _split(entry, arguments, directories)
     options = list(arguments)
@@ -98,9 +95,8 @@ def _as_hydra_wants_it(entry: str, arguments: list[str]) -> list[str]:
     for name, answer in typed.NOT_HERE.items():
         if getattr(typed_options, name) is not None:
             raise RequestError(f"--{name.replace('_', '-')} {getattr(typed_options, name)!r}: cannot be set; {answer}")
-    overrides = typed.as_meant(
-        entry, overrides, lambda: known_names(entry, overrides, directories), group_options(directories)
-    )
+    known = functools.cache(lambda: known_names(entry, arguments, directories))  # reads files, so only where it matters
+    overrides = typed.as_meant(entry, overrides, known, group_options(directories))
     if entry in ("evaluate", "predict"):
         overrides = _without_experiment(overrides)
     if entry == "evaluate" and not any(a.startswith("dataset=") for a in overrides):
@@ -175,11 +171,7 @@ def _without_experiment(arguments: list[str]) -> list[str]:
 
 
 def _of_training(plain: dict[str, Any], words: list[str], directories: Sequence[Path]) -> dict[str, Any]:
-    """A checked configuration with the model and the data that training has with these words, `experiment=` among them.
-
-    Raises:
-        RequestError: there is no such experiment, or one of its settings is wrong.
-    """
+    """A checked configuration with the model and the data that training has where these words are typed."""
     try:
         composed = GlobalHydra.instance().config_loader().load_configuration("train", words, RunMode.RUN)
     except Exception as error:  # Hydra, OmegaConf and PyYAML each raise their own
@@ -231,7 +223,7 @@ def _checked(config: DictConfig) -> dict[str, Any]:
 
 def _main(config: dict[str, Any]) -> Any:
     """Call main() of the entry point that is running; a run that does not come to its end is closed and marked so."""
-    if config.get("resume") and not sweep.is_job() and (told := runs.finished_before(config)):
+    if config.get("resume") and (told := runs.finished_before(config)):
         print(told)
         return None
     try:

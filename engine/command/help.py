@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -42,29 +43,26 @@ def help_text(entry: str, directories: Sequence[Path] = (CONFIGS,), arguments: S
         if option not in available[group]:
             raise RequestError(no_such_option(group, option, available[group]))
     groups = [
-        f"  {group:<10} {', '.join(f'[{o}]' if o == defaults[group] else o for o in options)}"
+        f"  {group:<10} {', '.join(f'[{o}]' if o == defaults[group] else o for o in options)}\n"
         for group, options in available.items()
         if group in defaults
     ]
     rows = setting_rows(entry, directories, chosen)
     width = max(len(f"{name}={default}") for name, default, _ in rows if len(default) < 30)
+    settings = [f"  {name + '=' + default:<{width}}  {meaning}\n" for name, default, meaning in rows]
     other = "; another option of a group may have others, `--help GROUP=OPTION` shows them" if groups else ""
-    return "\n".join(
-        [
-            f"usage: python {entry}.py {'[GROUP=OPTION ...] ' if groups else ''}[SETTING=VALUE ...]",
-            "",
-            about.strip(),
-            "",
-            *(["Groups (GROUP=OPTION; the default in brackets):", *groups, ""] if groups else []),
-            f"Settings (SETTING=DEFAULT{other}):",
-            *(f"  {name + '=' + default:<{width}}  {meaning}" for name, default, meaning in rows),
-            "",
-            "Examples:",
-            *(f"  {line}" for line in examples.strip().splitlines()),
-            "",
-            "Hydra's options: --cfg job (print the configuration), -m (several runs), --config-dir DIR, --hydra-help.",
-        ]
-    )
+    shown_groups = ["Groups (GROUP=OPTION; the default in brackets):\n", *groups, "\n"] if groups else []
+    return f"""\
+usage: python {entry}.py {"[GROUP=OPTION ...] " if groups else ""}[SETTING=VALUE ...]
+
+{about.strip()}
+
+{"".join(shown_groups)}Settings (SETTING=DEFAULT{other}):
+{"".join(settings)}
+Examples:
+{textwrap.indent(examples.strip(), "  ")}
+
+Hydra's options: --cfg job (print the configuration), -m (several runs), --config-dir DIR, --hydra-help."""
 
 
 def setting_rows(

@@ -113,11 +113,7 @@ def _quoted(text: str) -> str:
 
 
 def _is_file(entry: str, argument: str, known: Callable[[], Iterable[str]]) -> bool:
-    """Whether an argument is a path to evaluate or to predict, and no setting.
-
-    Raises:
-        RequestError: it can only be one, but there is none.
-    """
+    """Whether an argument is a path to evaluate or to predict, and no setting."""
     if entry not in ("evaluate", "predict") or argument.startswith("~") or not argument:
         return False
     if os.path.exists(argument):
@@ -138,10 +134,9 @@ def _named(entry: str, files: Sequence[str]) -> list[str]:
     if len(weights) > 1:
         raise RequestError(f"one checkpoint is taken at a time, there are {len(weights)}: -m checkpoint=A.pt,B.pt")
     named = [f"checkpoint={_quoted(_in_run(file))}" for file in weights]
-    if len(images) == 1:
-        named.append(f"images={_quoted(images[0])}")
-    elif images:
-        named.append(f"images=[{','.join(map(_quoted, images))}]")
+    if images:
+        listed = ",".join(map(_quoted, images))
+        named.append(f"images={listed}" if len(images) == 1 else f"images=[{listed}]")
     return named
 
 

@@ -23,8 +23,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from engine import files
-from engine.config import leaves
+from engine import files, terminal
+from engine.config import as_typed, leaves
 from engine.errors import RequestError, RunError, counted, did_you_mean, one_line, shortened
 from engine.run import runs, trust
 
@@ -92,11 +92,7 @@ def read_run(directory: Path, root: Path) -> Row | None:
 
 
 def _configuration(file: Path) -> Row:
-    """The option chosen of each group, and every setting.
-
-    Raises:
-        OSError, ValueError: it is no run's configuration.
-    """
+    """The option chosen of each group, and every setting."""
     config = trust.parse_config(files.read_text(file))
     choices = {group: option for group, option in config.pop("choices").items() if option is not None}
     settings = {name: value for name, value in leaves(config) if not name.endswith("_target_")}
@@ -108,11 +104,7 @@ def _configuration(file: Path) -> Row:
 
 
 def _summary(file: Path) -> Row:
-    """What summary.json tells of a run that has finished.
-
-    Raises:
-        OSError, ValueError: it is none.
-    """
+    """What summary.json tells of a run that has finished."""
     summary = json.loads(files.read_text(file))
     if not isinstance(summary, dict) or "test_accuracy" not in summary:
         raise ValueError("it tells no test accuracy")
@@ -147,11 +139,7 @@ def _is_running(directory: Path) -> bool:
 
 
 def _metrics(file: Path) -> Row:
-    """What metrics.csv tells of a run that may not have come to its end.
-
-    Raises:
-        OSError, ValueError, csv.Error: it is no table.
-    """
+    """What metrics.csv tells of a run that may not have come to its end."""
     text = files.read_text(file, MOST_METRICS)
     if "\0" in text:
         raise ValueError("it holds zero bytes")
@@ -303,15 +291,9 @@ def mean_over(rows: Sequence[Row], setting: str) -> list[Row]:
 
 def cell(value: Any) -> str:
     """A value as it is typed on the command line."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
     if isinstance(value, float):
         return f"{value:.6g}"
-    if isinstance(value, list):
-        return f"[{','.join(cell(v) for v in value)}]"
-    return str(value)
+    return f"[{','.join(map(cell, value))}]" if isinstance(value, list) else as_typed(value)
 
 
 def chosen_by(rows: Sequence[Row]) -> str:
@@ -335,22 +317,21 @@ def table(rows: Sequence[Row], columns: Sequence[str], width: int | None = None)
     before results, and of these the widest, which say least at a glance, such as lists of transforms.
     """
     last = [column.rpartition(".")[2] for column in columns]
-    lines = {}  # of each column: its heading and its cells, padded
+    texts = {}  # of each column its heading and its cells
     for column, short in zip(columns, last, strict=True):
-        heading = shortened(short if last.count(short) == 1 else column, WIDEST)
-        texts = [heading, *(_shown(row, column) for row in rows)]
-        numeric = all(as_number(row.get(column)) is not None for row in rows if row.get(column) is not None)
-        widest = max(map(len, texts))
-        lines[column] = [text.rjust(widest) if numeric else text.ljust(widest) for text in texts]
+        heading = short if last.count(short) == 1 else column
+        texts[column] = [shortened(heading, WIDEST), *(_shown(row, column) for row in rows)]
+    widths = {column: max(map(len, cells)) for column, cells in texts.items()}
     left_out: list[str] = []
-    while width is not None and sum(len(texts[0]) + 2 for texts in lines.values()) - 2 > width:
-        settings = [column for column in reversed(lines) if column not in NOT_SETTINGS and column not in ALWAYS]
-        others = [column for column in ("seconds", "best_epoch", *ALWAYS, "state") if column in lines]
+    while width is not None and sum(widths.values()) + 2 * (len(widths) - 1) > width:
+        settings = [column for column in reversed(widths) if column not in NOT_SETTINGS and column not in ALWAYS]
+        others = [column for column in ("seconds", "best_epoch", *ALWAYS, "state") if column in widths]
         if not settings and not others:
             break
-        left_out.append(max(settings, key=lambda column: len(lines[column][0])) if settings else others[0])
-        del lines[left_out[-1]]
-    text = "\n".join("  ".join(line).rstrip() for line in zip(*lines.values(), strict=True))
+        left_out.append(max(settings, key=widths.__getitem__) if settings else others[0])
+        del widths[left_out[-1]]
+    numeric = [all(as_number(row.get(c)) is not None for row in rows if row.get(c) is not None) for c in widths]
+    text = terminal.aligned([texts[column] for column in widths], numeric)
     if left_out:
         names = shortened(", ".join(left_out), 200)
         text += f"\n\ntoo narrow for {counted(len(left_out), 'column')}: {names}"
