@@ -65,10 +65,10 @@ PLUGIN_DEFAULTS: dict[str, tuple[Any, Any]] = {
 
 
 class Sweep(NamedTuple):
-    """The sweep that this process started."""
+    """A sweep, as it was when this process started it."""
 
     directory: Path
-    lines_before: int  # of jobs.jsonl, when it started
+    lines_before: int  # of jobs.jsonl
 
     def ended(self) -> list[dict[str, Any]]:
         """How jobs ended since then."""
@@ -328,7 +328,7 @@ def run_job(
 
 def _varying(overrides: list[str], names: list[str]) -> list[str]:
     """The overrides that tell this job from the others, without Hydra's + before a name."""
-    plain = [text.lstrip("+") for text in overrides if not text.startswith("name=")]
+    plain = [text for text in (override.lstrip("+") for override in overrides) if not text.startswith("name=")]
     return [text for text in plain if text.partition("=")[0] in names] or plain
 
 
@@ -507,9 +507,7 @@ def summary(directory: Path, rows: list[dict[str, Any]]) -> str:
     # A run's name begins with its job's number and goes on with what the columns say.
     short = [{**row, "run": str(row["run"]).partition("_")[0]} if "run" in row else row for row in shown]
     text = compare.table(short, columns, terminal.width())
-    by = "validation accuracy"
-    if best_by != "val_accuracy":
-        by = "training accuracy: there is no validation part"
+    by = "validation accuracy" if best_by == "val_accuracy" else "training accuracy: there is no validation part"
     text += f"\n\nbest     {directory / best['run'] / 'best.pt'} (by {by})"
     try:
         files.write(directory / "sweep.csv", compare.csv_text(shown, columns))

@@ -201,7 +201,7 @@ def settings_of(
     """
     target, known = target_of(group, config, where)
     typed = {f"{group}.{name}": value for name, value in (typed or {}).items()}
-    own = dict(leaves(config[group], known or (), f"{group}."))
+    own = dict(leaves(config[group], known or {}, f"{group}."))
     result = {name: setting.default for name, setting in (known or {}).items()}
     refused = []
     for name, value in {**own, **typed}.items():
