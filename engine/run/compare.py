@@ -182,16 +182,11 @@ def differing(rows: Sequence[Row]) -> list[str]:
     names = dict.fromkeys(key for row in rows for key in row if key not in NOT_SETTINGS)
     found = []
     for name in names:
-        group = name.partition(".")[0]
-        values: dict[str, set[str]] = {}
-        for row in rows:
-            if name in row:
-                option = str(row.get(group)) if "." in name else ""
-                values.setdefault(option, set()).add(repr(row[name]))
-        if any(len(different) > 1 for different in values.values()):
+        group, dot, _ = name.partition(".")
+        values = {(str(row.get(group)) if dot else "", repr(row[name])) for row in rows if name in row}
+        some_lack = not dot and name not in ALWAYS and any(name not in row for row in rows)  # as of an experiment
+        if some_lack or len(values) > len({option for option, _ in values}):
             found.append(name)
-        elif "." not in name and any(name not in row for row in rows) and name not in ALWAYS:
-            found.append(name)  # an experiment that only some runs name
     return found
 
 
