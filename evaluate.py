@@ -22,11 +22,10 @@ from engine.data.devices import choose_device
 from engine.data.download import no_downloads
 from engine.data.splits import Split, load_splits
 from engine.data.transforms import parse_transforms
-from engine.errors import RequestError, RunError, printable, shortened
+from engine.errors import RequestError, RunError, counted, printable, shortened
 from engine.pictures import report
 from engine.run import checkpoint, runs, trust
 from engine.terminal import watched
-from engine.training.display import counted
 from engine.training.metrics import Mistakes, accuracy, evaluate, per_class
 
 # Settings of a data set that evaluating has no use for: names that are imported, and files that are written.

@@ -36,10 +36,9 @@ from engine.data.folders import is_leftover
 from engine.data.images import MAX_PIXELS, read_image
 from engine.data.splits import load_splits
 from engine.data.transforms import PerImage, apply, parse_transforms, resized_to
-from engine.errors import RequestError, RunError, one_line, printable, shortened
+from engine.errors import RequestError, RunError, counted, one_line, printable, shortened
 from engine.run import checkpoint, runs, trust
 from engine.terminal import watched
-from engine.training.display import counted
 
 Ranked = list[tuple[str, float]]  # classes with their probabilities, the likeliest first
 WIDEST = 60  # characters of a column

@@ -95,6 +95,4 @@ def test_the_data_path_works_without_a_configuration() -> None:
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0] == "64 1 8 8 torch.float32 64 torch.int64"
-    assert (
-        sum(int(line.split()[5]) for line in lines) == 1442 - 143
-    )  # four of five of each class, less a tenth of these
+    assert sum(int(line.split()[5]) for line in lines) == 1442 - 143  # of each class four of five, less a tenth
