@@ -25,7 +25,7 @@ from engine.data.batches import Batches
 from engine.data.devices import choose_device
 from engine.data.splits import fingerprint, load_splits
 from engine.errors import RequestError
-from engine.pictures import report
+from engine.pictures.curves import LiveCurves
 from engine.run import checkpoint, runs, trust
 from engine.run.saver import Saver
 from engine.run.state import Progress, RandomStates
@@ -105,7 +105,7 @@ def main(config: dict[str, Any]) -> float:
 
     # The epochs.
     trackers = Trackers(config, directory, next_epoch=progress.epoch)
-    curves = report.LiveCurves(directory / "curves.png", trained_with)
+    curves = LiveCurves(directory / "curves.png", trained_with)
     with frozen_memory(), curves, trackers, saver:
         while progress.epoch <= config["epochs"] and not stop_early(progress, patience):
             train_epoch(model, train_batches, criterion, optimizer, schedule, tally, progress, saver, config)
