@@ -20,7 +20,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from engine import files
-from engine.config import build
+from engine.build import build
 from engine.data.batches import Batches
 from engine.data.devices import choose_device
 from engine.data.splits import Split, fingerprint, load_splits

@@ -42,7 +42,8 @@ from torch import Tensor, nn  # noqa: E402
 
 import datasets  # noqa: E402
 import train  # noqa: E402
-from engine.config import CONFIGS, build, check  # noqa: E402
+from engine.build import build  # noqa: E402
+from engine.config import CONFIGS, check  # noqa: E402
 from engine.data.devices import choose_device  # noqa: E402
 from engine.data.splits import load_splits  # noqa: E402
 from engine.errors import RunError  # noqa: E402
