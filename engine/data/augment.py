@@ -141,52 +141,40 @@ class RandomCrop(Transform):
             raise ValueError(f"size={size}: expected height and width in pixels")
         sides = [padding or 0] if isinstance(padding, int) or padding is None else list(padding)
         self.left, self.top, self.right, self.bottom = {1: sides * 4, 2: sides * 2, 4: sides}[len(sides)]
+        self.is_padded = any(sides)
         self.fill = _one_or_each(fill)
         self.padding_mode = _choice("padding_mode", padding_mode, "constant", "edge", "reflect", "symmetric")
 
     def __call__(self, images: Tensor, draws: Draws) -> Tensor:
-        images = self._pad(images)
         batch, channels, height, width = images.shape
-        down, across = height - self.height + 1, width - self.width + 1
+        tall, wide = self.top + height + self.bottom, self.left + width + self.right
+        if self.is_padded:
+            check_size(tall, wide)
+        down, across = tall - self.height + 1, wide - self.width + 1
         if down < 1 or across < 1:
-            raise ValueError(f"size {self.height}x{self.width} is larger than the padded image, {height}x{width}")
+            raise ValueError(f"size {self.height}x{self.width} is larger than the padded image, {tall}x{wide}")
         place = draws.uniform(2, images.device)
-        # `[batch, height of the window]`, and likewise its width
-        rows = (place[:, :1] * down).long() + torch.arange(self.height, device=images.device)
-        columns = (place[:, 1:] * across).long() + torch.arange(self.width, device=images.device)
-        pixel = ((rows * width)[:, :, None] + columns[:, None, :]).view(batch, 1, -1)
-        windows = images.flatten(2).gather(2, pixel.expand(-1, channels, -1))
-        return windows.view(batch, channels, self.height, self.width)
+        y = torch.arange(-self.top, self.height - self.top, device=images.device)
+        x = torch.arange(-self.left, self.width - self.left, device=images.device)
+        rows, columns = (place[:, :1] * down).long() + y, (place[:, 1:] * across).long() + x  # [batch, window's side]
+        from_row, from_column = self._source(rows, height), self._source(columns, width)
+        pixel = (from_row * width)[:, :, None] + from_column[:, None, :]
+        windows = images.flatten(2).gather(2, pixel.view(batch, 1, -1).expand(-1, channels, -1))
+        windows = windows.view(batch, channels, self.height, self.width)
+        if not self.is_padded or self.padding_mode != "constant":
+            return windows
+        fill = _constant(self.fill, images.device).expand(1, channels, 1, 1)
+        fill = (fill if images.dtype == torch.uint8 else fill / 255).to(images.dtype)
+        inside = (from_row == rows)[:, None, :, None] & (from_column == columns)[:, None, None, :]
+        return torch.where(inside, windows, fill)
 
-    def _pad(self, images: Tensor) -> Tensor:
-        if not (self.left or self.top or self.right or self.bottom):
-            return images
-        height, width = images.shape[2:]
-        check_size(self.top + height + self.bottom, self.left + width + self.right)
-        if self.padding_mode != "constant":
-            rows = torch.arange(-self.top, height + self.bottom, device=images.device)
-            columns = torch.arange(-self.left, width + self.right, device=images.device)
-            images = images.index_select(2, _inside(rows, height, self.padding_mode))
-            return images.index_select(3, _inside(columns, width, self.padding_mode))
-        if len(self.fill) == 1:
-            number = torch.tensor(self.fill[0], dtype=torch.float32)  # on the CPU: to read it waits for nothing
-            value = float(number if images.dtype == torch.uint8 else number / 255)
-            return torch.nn.functional.pad(images, [self.left, self.right, self.top, self.bottom], value=value)
-        fill = _constant(self.fill, images.device)
-        fill = fill if images.dtype == torch.uint8 else fill / 255
-        shape = (*images.shape[:2], self.top + height + self.bottom, self.left + width + self.right)
-        padded = fill.to(images.dtype).expand(shape).contiguous()
-        padded[:, :, self.top : self.top + height, self.left : self.left + width] = images
-        return padded
-
-
-def _inside(place: Tensor, size: int, padding_mode: str) -> Tensor:
-    """Which pixel stands at a place before 0 or from `size` on: the outermost one, or one in a mirror at the edge."""
-    if padding_mode != "edge":
-        behind = int(padding_mode == "symmetric")  # the mirror lies behind the outermost pixel, else on it
-        place = torch.where(place < 0, -behind - place, place)
-        place = torch.where(place < size, place, 2 * (size - 1) + behind - place)
-    return place.clamp(0, size - 1)
+    def _source(self, place: Tensor, size: int) -> Tensor:
+        """Which pixel to take for a place before 0 or from `size` on: the outermost one, or one in a mirror there."""
+        if self.padding_mode in ("reflect", "symmetric"):
+            behind = int(self.padding_mode == "symmetric")  # the mirror lies behind the outermost pixel, else on it
+            place = torch.where(place < 0, -behind - place, place)
+            place = torch.where(place < size, place, 2 * (size - 1) + behind - place)
+        return place.clamp(0, size - 1)
 
 
 class RandomRotation(Transform):

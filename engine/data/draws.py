@@ -42,7 +42,7 @@ class Draws:
         index: int64 `[n]`, the samples' places in the data set.
     """
 
-    most = 64  # numbers a sample that are computed ahead; more would take memory
+    MOST_AHEAD = 64  # numbers a sample that are computed ahead; more would take memory
 
     def __init__(self, seed: int, epoch: int, index: Tensor) -> None:
         self.bits = sample_seed(seed, epoch, index)
@@ -71,7 +71,7 @@ class Draws:
 
     def uniform(self, count: int, device: torch.device | None = None) -> Tensor:
         """Uniform numbers in [0, 1), float32 `[batch, count]`, on the CPU or `device`; nothing waits for the device."""
-        if count > self.most:
+        if count > self.MOST_AHEAD:
             return send(_to_uniform(self.integers(count)), device)
         key = (self.drawn, count, device.type if device else None)
         if key in self.known:

@@ -57,7 +57,7 @@ def read_idx(path: Path) -> Tensor:
     return torch.frombuffer(data, dtype=torch.uint8).view(shape) if data else torch.zeros(shape, dtype=torch.uint8)
 
 
-class PickledBytes:
+class _PickledBytes:
     """Stands for an array of NumPy, and for its type, while a pickle is read: the bytes, and nothing made of them."""
 
     content = b""
@@ -78,9 +78,9 @@ class _ArrayUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in {("numpy", "ndarray"), ("numpy", "dtype")}:
-            return PickledBytes
+            return _PickledBytes
         if module in {"numpy.core.multiarray", "numpy._core.multiarray"} and name == "_reconstruct":
-            return PickledBytes
+            return _PickledBytes
         if (module, name) == ("_codecs", "encode"):
             return lambda text, encoding: text.encode("latin1")
         raise pickle.UnpicklingError(f"it names {module}.{name}, which no CIFAR file does")
@@ -106,7 +106,7 @@ def read_cifar(path: Path, labels_key: str) -> tuple[Tensor, Tensor]:
     batch = read_pickle(path)
     data: Any = batch.get("data")
     labels: Any = batch.get(labels_key)
-    if not isinstance(data, PickledBytes) or len(data.content) % 3072 or not _is_list_of(int, labels):
+    if not isinstance(data, _PickledBytes) or len(data.content) % 3072 or not _is_list_of(int, labels):
         raise RequestError(
             f"{shown(path)}: not a CIFAR batch; expected data, bytes [n, 3072], and {labels_key}, a list of numbers; "
             f"{DAMAGED}"
