@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from engine import files
+from engine.config import leaves
 from engine.errors import RequestError, one_line
-from engine.run.compare import flatten
 from engine.terminal import log
 
 
@@ -94,7 +94,8 @@ class Trackers:
 
 def hyperparameters(config: dict[str, Any]) -> dict[str, Any]:
     """The configuration as one level of names and values, with the option chosen of each group."""
-    flat = flatten({key: value for key, value in config.items() if key not in ("choices", "logger", "name")})
+    left_out = ("choices", "logger", "name")
+    flat = dict(leaves({key: value for key, value in config.items() if key not in left_out}, {}))
     choices = {group: name for group, name in config["choices"].items() if isinstance(name, str)}
     return choices | {name: value for name, value in flat.items() if not name.endswith("_target_")}
 
