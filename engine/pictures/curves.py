@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from engine.pictures import style
 from engine.pictures.style import BLUE, GREY, ORANGE
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+LINES = {"train": (BLUE, "training"), "val": (ORANGE, "validation"), "lr": (GREY, "learning rate")}
 
 
 class LiveCurves:
@@ -69,29 +69,25 @@ def curves_figure(history: Sequence[dict[str, Any]], name: str, trained_with: st
         trained_with: what `train_loss` measures, where that is not cross-entropy, as `val_loss` is.
     """
     epochs = [row["epoch"] for row in history]
-    training, validation = ("train_loss", BLUE, "training"), ("val_loss", ORANGE, "validation")
+    measured = {column for row in history for column, value in row.items() if value is not None}
     plain = "cross-entropy in nats"
-    panels = [("Loss", plain, [training, validation])]
+    panels = [("Loss", plain, ["train_loss", "val_loss"])]
     if trained_with is not None:
-        panels = [("Training loss", trained_with, [training]), ("Validation loss", plain, [validation])]
-    panels += [
-        ("Accuracy", "", [("train_accuracy", BLUE, "training"), ("val_accuracy", ORANGE, "validation")]),
-        ("Learning rate", "", [("lr", GREY, "learning rate")]),
-    ]
-    columns = [column for *_, lines in panels for column, *_ in lines]
-    values = {column: style.finite(row[column] for row in history) for column in columns}
-    drawn = {column for column, numbers in values.items() if not np.isnan(numbers).all()}
-    panels = [panel for panel in panels if panel[0] != "Validation loss" or "val_loss" in drawn]
+        panels = [("Training loss", trained_with, ["train_loss"]), ("Validation loss", plain, ["val_loss"])]
+    panels += [("Accuracy", "", ["train_accuracy", "val_accuracy"]), ("Learning rate", "", ["lr"])]
+    panels = [panel for panel in panels if measured.intersection(panel[2])]
 
     page = style.Page(1350, 450)
     page.write(16, 24, style.fitted(name, 11, 500) + _best_so_far(history), 11)
     pitch = 1330 // len(panels)
-    for place, (title, quantity, lines) in enumerate(panels):
+    for place, (title, quantity, columns) in enumerate(panels):
         axes = page.axes(96 + pitch * place, 80, pitch - 99, 312)
         marker = "o" if len(epochs) <= 30 else None
-        for column, color, label in lines:
-            if column in drawn:
-                axes.plot(epochs, values[column], color=color, label=label, lw=1.8, marker=marker, markersize=4)
+        for column in columns:
+            if column in measured:
+                color, label = LINES[column.partition("_")[0]]
+                values = style.finite(row[column] for row in history)
+                axes.plot(epochs, values, color=color, label=label, linewidth=1.8, marker=marker, markersize=4)
         axes.set_title(title)
         axes.set_xlabel("epoch")
         axes.set_ylabel(style.fitted(quantity, 10, 300))

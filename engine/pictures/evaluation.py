@@ -111,21 +111,20 @@ def _write_worst(page: Page, counts: np.ndarray, rates: np.ndarray, classes: Seq
     room = page.width - left - 20
 
     page.write(left, 78, "Most frequent confusions: true → predicted", 10, bold=True)
-    y = 102
-    for pair in pairs:
+    for place, pair in enumerate(pairs):
+        y = 102 + 20 * place
         page.write(left + 40, y, _count(counts[pair]), ha="right")
         page.write(left + 93, y, _percent(rates[pair]), ha="right", color=GREY)
         page.write(left + 105, y, " → ".join(fitted(classes[i], 9, (room - 105) / 2 - 12) for i in pair))
-        y += 20
     if not pairs:
-        page.write(left, y, "none")
-        y += 20
-    page.write(left, y + 16, "Lowest recall", 10, bold=True)
+        page.write(left, 102, "none")
+    top = 118 + 20 * max(1, len(pairs))
+    page.write(left, top, "Lowest recall", 10, bold=True)
     for place, label in enumerate(lowest):
-        line = y + 39 + 20 * place
+        y = top + 23 + 20 * place
         told = f"{counts[label, label]:,} of {counts[label].sum():,}"
-        page.write(left + 40, line, _percent(rates[label, label]), ha="right")
-        page.write(left + 52, line, f"{fitted(classes[label], 9, room - 190)}   {told}")
+        page.write(left + 40, y, _percent(rates[label, label]), ha="right")
+        page.write(left + 52, y, f"{fitted(classes[label], 9, room - 190)}   {told}")
 
 
 def _write_recalls(page: Page, counts: np.ndarray, rates: np.ndarray, classes: Sequence[str], lines: int) -> None:

@@ -14,7 +14,7 @@ from engine.data.batches import Batches
 from engine.data.images import UNREADABLE, ImageFiles
 from engine.data.splits import Split, load_splits
 from engine.data.transforms import parse_transforms
-from engine.errors import RequestError, RunError, one_line, printable
+from engine.errors import RequestError, RunError, counted, one_line, printable
 from engine.pictures.style import Page, fitted, house_style, viewable
 from engine.terminal import watched
 from engine.training.metrics import class_of
@@ -61,8 +61,7 @@ def _show(config: dict[str, Any], splits: dict[str, Split], classes: list[str]) 
     plain = [entry for entry in settings["eval_transforms"] if not (isinstance(entry, dict) and "Normalize" in entry)]
     read = Batches(splits["train"], plain, batch_size=BATCH, shuffle=False, **how)
     counts, mean, std = statistics(read, len(classes))
-    size = "x".join(map(str, shape))
-    what = f"{len(images)} training sample{'s' * (len(images) != 1)}, {size}"
+    what = f"{counted(len(images), 'training sample')}, {'x'.join(map(str, shape))}"
     print(f"{what}, augmented as in epoch {config['epoch']}: {config['output']}\n")
     print(table(classes, counts, {name: split for name, split in splits.items() if name != "train"}))
     print("\nmean and standard deviation of the training images, for train_transforms and eval_transforms:")
@@ -105,9 +104,9 @@ def statistics(batches: Batches, num_classes: int) -> tuple[Tensor, Tensor, Tens
 
 def table(classes: Sequence[str], train: Tensor, others: dict[str, Split]) -> str:
     """Samples of every class in every split; a dash where only reading all samples would tell."""
-    counted = {"train": train.tolist(), **{name: _counts(split, len(classes)) for name, split in others.items()}}
+    known = {"train": train.tolist(), **{name: _counts(split, len(classes)) for name, split in others.items()}}
     columns = [["class", *(printable(name) for name in classes), "all"]]
-    for name, counts in counted.items():
+    for name, counts in known.items():
         cells = ["-"] * (len(classes) + 1) if counts is None else [f"{count:,}" for count in (*counts, sum(counts))]
         columns.append([name, *cells])
     width = max(len(cell) for cell in columns[0])

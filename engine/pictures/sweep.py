@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from engine.errors import counted
 from engine.pictures.style import BLUE, GREY, Page, finite, fitted, name_ticks, number_axis, text_width
 from engine.run import compare
 
@@ -37,7 +38,7 @@ def sweep_figure(rows: Sequence[dict[str, Any]], shown: Sequence[dict[str, Any]]
     list_height, grid_rows = 24 * len(best) + 8, -(-len(panels) // 2)
     width = max(660, left + plot + min(2, len(panels)) * (gap + across) + 30)
     page = Page(width, top + max(list_height + 62, grid_rows * (up + below)))
-    runs = compare.counted(len(rows), "run") + (f", the best {len(best)}" if len(best) < len(shown) else "")
+    runs = counted(len(rows), "run") + (f", the best {len(best)}" if len(best) < len(shown) else "")
     page.write(16, 26, f"{fitted(name, 12, width - 250)}: {runs}", 12, bold=True)
     means = "; a ring is the mean over seeds, its bar their standard deviation" if "runs" in best[0] else ""
     page.write(16, 50, fitted(f"A dot is a run, the best on top{means}", 9, width - 32), color=GREY)
