@@ -138,10 +138,7 @@ def _label_maker(criterion: nn.Module, batches: Batches, num_classes: int) -> Ca
 def _loss(criterion: nn.Module, logits: Tensor, labels: Tensor) -> Tensor:
     name = type(criterion).__name__
     shapes = " and labels ".join(str(["batch", *x.shape[1:]]).replace("'", "") for x in (logits, labels))
-    with (
-        _told(f"criterion {name} {{}} logits {shapes} of {labels.dtype}", len(logits)),
-        warnings.catch_warnings(),
-    ):
+    with _told(f"criterion {name} {{}} logits {shapes} of {labels.dtype}", len(logits)), warnings.catch_warnings():
         warnings.filterwarnings("error", message="Using a target size")  # shapes that broadcast, into a wrong loss
         loss = criterion(logits, labels)
     if not isinstance(loss, Tensor) or loss.ndim:
