@@ -22,11 +22,10 @@ from engine.data.devices import choose_device
 from engine.data.download import no_downloads
 from engine.data.splits import Split, load_splits
 from engine.data.transforms import parse_transforms
-from engine.errors import RequestError, RunError, printable, shortened
+from engine.errors import RequestError, RunError, counted, printable, shortened
 from engine.pictures import report
 from engine.run import checkpoint, runs, trust
 from engine.terminal import watched
-from engine.training.display import counted
 from engine.training.metrics import Mistakes, accuracy, evaluate, per_class
 
 # Settings of a data set that evaluating has no use for: names that are imported, and files that are written.
@@ -56,7 +55,8 @@ def main(config: dict[str, Any]) -> float:
     if name not in splits:
         raise RequestError(f"split={name}: there is none with dataset.val_fraction={data['val_fraction']}")
     split = splits[name]
-    batches = Batches(split, data["eval_transforms"], config, device)
+    how = {key: config[key] for key in ("batch_size", "seed", "num_workers")}  # no limit: the whole split
+    batches = Batches(split, data["eval_transforms"], device, **how)
     model = model_of(saved, config, path, batches.sample_shape(), data_classes).to(device)
     checkpoint.check_finite(model, path)
     classes = [printable(known) for known in saved.get("classes", data_classes)]
@@ -142,8 +142,7 @@ def settings_for(saved: dict[str, Any], config: dict[str, Any], path: Path) -> d
     if dataset.get("cache"):
         print("dataset.cache=true: not used here, as evaluating writes nothing but its results")
     dataset = {**dataset, "target_transform": None, "cache": False}
-    how = {"seed": how["seed"], "batch_size": how["batch_size"], "limit_batches": None}  # the whole split
-    return {**config, "dataset": dataset, "choices": choices, **how}
+    return {**config, "dataset": dataset, "choices": choices, "seed": how["seed"], "batch_size": how["batch_size"]}
 
 
 def model_of(

@@ -36,10 +36,9 @@ from engine.data.folders import is_leftover
 from engine.data.images import MAX_PIXELS, read_image
 from engine.data.splits import load_splits
 from engine.data.transforms import PerImage, apply, parse_transforms, resized_to
-from engine.errors import RequestError, RunError, one_line, printable, shortened
+from engine.errors import RequestError, RunError, counted, one_line, printable, shortened
 from engine.run import checkpoint, runs, trust
 from engine.terminal import watched
-from engine.training.display import counted
 
 Ranked = list[tuple[str, float]]  # classes with their probabilities, the likeliest first
 WIDEST = 60  # characters of a column
@@ -146,12 +145,11 @@ def settings_of_checkpoint(saved: dict[str, Any], path: Path, batch_size: int | 
 def settings_of_data(config: dict[str, Any], device: torch.device) -> Settings:
     """What goes with a bare state_dict: the class names and the shape of the images are those of the data asked for."""
     batch_size = config["batch_size"] or 64
-    common = {"batch_size": batch_size, "seed": 0, "num_workers": 0, "limit_batches": None}
     dataset = {**config["dataset"], "cache": False, "target_transform": None}
     with no_downloads(), redirect_stdout(sys.stderr):  # where the predictions go
         splits, classes = load_splits(dataset, only="test")
     transforms = dataset["eval_transforms"]
-    shape = Batches(splits["test"], transforms, common, device).sample_shape()
+    shape = Batches(splits["test"], transforms, device, batch_size=batch_size).sample_shape()
     return Settings([printable(name) for name in classes], shape, transforms, MAX_PIXELS, batch_size)
 
 

@@ -23,7 +23,7 @@ from engine import files
 from engine.config import build
 from engine.data.batches import Batches
 from engine.data.devices import choose_device
-from engine.data.splits import fingerprint, load_splits
+from engine.data.splits import Split, fingerprint, load_splits
 from engine.errors import RequestError
 from engine.pictures import report
 from engine.run import checkpoint, runs, trust
@@ -44,35 +44,21 @@ def main(config: dict[str, Any]) -> float:
         the best validation accuracy (0 to 1), or the last training accuracy without a validation part; for sweepers.
     """
     # Data.
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # as torchrun sets it; every process would train a run of its own
-        raise RequestError(
-            f"started as {os.environ['WORLD_SIZE']} processes; a run is one process, start it without torchrun"
-        )
     runs.check_name(config)
-    device = choose_device(config["device"])
-    if config["deterministic"]:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS wants it before its first use
-    torch.use_deterministic_algorithms(config["deterministic"])
-    data = config["dataset"]
-    splits, classes = load_splits(data)
+    device = prepare_device(config["device"], config["deterministic"])
+    splits, classes = load_splits(config["dataset"])
     patience = config["early_stopping"]["patience"]
     check_early_stopping(patience, splits)
-    train_batches = Batches(splits["train"], data["train_transforms"], config, device, training=True)
-    val_batches = Batches(splits["val"], data["eval_transforms"], config, device) if "val" in splits else None
-    test_batches = Batches(splits["test"], data["eval_transforms"], config, device)
-    input_shape = train_batches.sample_shape()
-    if test_batches.sample_shape() != input_shape:
-        shapes = f"{list(input_shape)} for training and {list(test_batches.sample_shape())} for testing"
-        raise RequestError(f"images come out as {shapes}; make dataset.train_transforms and eval_transforms agree")
+    batches = batches_of(splits, config, device)
+    input_shape, steps = batches["train"].sample_shape(), len(batches["train"])
 
     # Model, loss, optimizer, schedule.
     torch.manual_seed(config["seed"])
     model = to_device(build(config["model"], "model", input_shape=input_shape, num_classes=len(classes)), device)
     criterion = to_device(build(config["criterion"], "criterion"), device)
-    trained_with = loss_name(criterion, data["target_transform"])
-    try_step(model, criterion, config["optimizer"], train_batches, input_shape, len(classes))
+    trained_with = loss_name(criterion, config["dataset"]["target_transform"])
+    try_step(model, criterion, config["optimizer"], batches["train"], input_shape, len(classes))
     optimizer = build(config["optimizer"], "optimizer", model.parameters())
-    steps = len(train_batches)
     schedule = build_schedule(config["scheduler"], optimizer, config["epochs"], steps)
 
     # The run: its directory, and what it saves.
@@ -88,35 +74,25 @@ def main(config: dict[str, Any]) -> float:
         "environment": {"device": str(device), "threads": torch.get_num_threads(), **runs.environment()},
     }
     progress, tally = Progress(), Tally(device)
-    parts: dict[str, Any] = {
-        "model": model,
-        "optimizer": optimizer,
-        "scheduler": schedule,
-        "tally": tally,
-        "progress": progress,
-    }
-    saver = Saver(directory, about, {**parts, "random": RandomStates()}, **config["checkpoint"])
-    describe(config, model, splits, input_shape, classes, device, directory)
-    if trained_with:
-        log.info(f"loss     {trained_with} in training, plain cross-entropy in validation and test")
+    parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "scheduler": schedule}
+    parts |= {"tally": tally, "progress": progress, "random": RandomStates()}
+    saver = Saver(directory, about, parts, **config["checkpoint"])
+    describe(config, model, splits, input_shape, device, directory, trained_with)
     if config["resume"]:
         saver.restore(config["changed"], steps)
         runs.save_config(directory, config)
 
     # The epochs.
+    clip = config["clip_grad_norm"]
     trackers = Trackers(config, directory, next_epoch=progress.epoch)
     curves = report.LiveCurves(directory / "curves.png", trained_with)
     with frozen_memory(), curves, trackers, saver:
         while progress.epoch <= config["epochs"] and not stop_early(progress, patience):
-            train_epoch(model, train_batches, criterion, optimizer, schedule, tally, progress, saver, config)
-            train_loss, train_accuracy = tally.read()
-            row: dict[str, Any] = {"epoch": progress.epoch, "train_loss": train_loss, "train_accuracy": train_accuracy}
-            row |= {"val_loss": None, "val_accuracy": None, "lr": progress.lr, "seconds": progress.seconds}
-            row["images_per_second"] = tally.samples / row["seconds"]
-            if val_batches:
-                row["val_loss"], confusion = evaluate(
-                    model, watched(saver.watch(val_batches), "validation", len(val_batches)), len(classes)
-                )
+            train_epoch(model, batches["train"], criterion, optimizer, schedule, saver, config["epochs"], clip)
+            row = row_of(progress, tally)
+            if "val" in batches:
+                shown = watched(saver.watch(batches["val"]), "validation", len(batches["val"]))
+                row["val_loss"], confusion = evaluate(model, shown, len(classes))
                 row["val_accuracy"] = accuracy(confusion)
 
             saver.check(row["val_loss"])
@@ -130,9 +106,8 @@ def main(config: dict[str, Any]) -> float:
         # The test set, once, with the best weights.
         best = checkpoint.read(directory / "best.pt")
         checkpoint.load_weights(model, best["model"], directory / "best.pt")
-        test_loss, confusion = evaluate(
-            model, watched(saver.watch(test_batches), "test", len(test_batches)), len(classes)
-        )
+        shown = watched(saver.watch(batches["test"]), "test", len(batches["test"]))
+        test_loss, confusion = evaluate(model, shown, len(classes))
         saver.check_result(test_loss)
     summary = summarise(progress, about, test_loss, accuracy(confusion))
     runs.write_metrics(directory / "metrics.csv", progress.history)
@@ -144,7 +119,7 @@ def main(config: dict[str, Any]) -> float:
         log.info(f"by heart {learned}: 100 % is right, and the accuracy on the test set means nothing here")
     log.info(f"again    python evaluate.py checkpoint={directory / 'best.pt'}")
     runs.close(directory)
-    return progress.best["val_accuracy"] if val_batches else progress.best["train_accuracy"]
+    return progress.best["val_accuracy" if "val" in batches else "train_accuracy"]
 
 
 def train_epoch(
@@ -153,23 +128,24 @@ def train_epoch(
     criterion: nn.Module,
     optimizer: Optimizer,
     schedule: Any,
-    tally: Tally,
-    progress: Progress,
     saver: Saver,
-    config: dict[str, Any],
+    epochs: int,
+    clip_grad_norm: float | None = None,
 ) -> None:
-    """Train on the batches of an epoch that are still to come; loss and counts are in the tally afterwards."""
+    """Train on the batches of an epoch that are still to come; loss and counts are in the saver's tally afterwards."""
+    tally: Tally = saver.tally
+    progress = saver.progress
     model.train()
     progress.begin_epoch(lr=optimizer.param_groups[0]["lr"])
-    bar = Bar(f"epoch {progress.epoch}/{config['epochs']}", len(batches), progress.batch, tally, optimizer)
+    bar = Bar(f"epoch {progress.epoch}/{epochs}", len(batches), progress.batch, tally, optimizer)
     for images, labels in batches.epoch(progress.epoch, start=progress.batch):
         logits = model(images)
         loss = criterion(logits, labels)
 
         optimizer.zero_grad()
         loss.backward()
-        if config["clip_grad_norm"]:
-            nn.utils.clip_grad_norm_(model.parameters(), config["clip_grad_norm"])
+        if clip_grad_norm:
+            nn.utils.clip_grad_norm_(model.parameters(), clip_grad_norm)
         optimizer.step()
         schedule.step()
 
@@ -178,6 +154,57 @@ def train_epoch(
         bar.update()
         saver.after_step()  # saves when it is time, leaves when told to
     bar.close()
+
+
+def prepare_device(name: str, deterministic: bool) -> torch.device:
+    """The device of a run, with PyTorch's deterministic algorithms only where that is asked for."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # as torchrun sets it; every process would train a run of its own
+        raise RequestError(
+            f"started as {os.environ['WORLD_SIZE']} processes; a run is one process, start it without torchrun"
+        )
+    device = choose_device(name)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS wants it before its first use
+    torch.use_deterministic_algorithms(deterministic)
+    return device
+
+
+def batches_of(splits: dict[str, Split], config: dict[str, Any], device: torch.device) -> dict[str, Batches]:
+    """The batches of every split, by its name.
+
+    Raises:
+        RequestError: training's images come out in another shape than the test's.
+    """
+    common = {key: config[key] for key in ("batch_size", "seed", "num_workers", "limit_batches")}
+    only_training = {"training": True, "shuffle": config["shuffle"], "drop_last": config["drop_last"]}
+    batches = {}
+    for name, split in splits.items():
+        phase = "train" if name == "train" else "eval"
+        transforms = config["dataset"][f"{phase}_transforms"]
+        batches[name] = Batches(split, transforms, device, **common, **(only_training if phase == "train" else {}))
+    shapes = [list(batches[name].sample_shape()) for name in ("train", "test")]
+    if shapes[0] != shapes[1]:
+        raise RequestError(
+            f"images come out as {shapes[0]} for training and {shapes[1]} for testing; "
+            "make dataset.train_transforms and eval_transforms agree"
+        )
+    return batches
+
+
+def row_of(progress: Progress, tally: Tally) -> dict[str, Any]:
+    """The row of metrics.csv of an epoch that was trained, not yet validated."""
+    loss, train_accuracy = tally.read()
+    seconds = progress.seconds
+    return {
+        "epoch": progress.epoch,
+        "train_loss": loss,
+        "train_accuracy": train_accuracy,
+        "val_loss": None,
+        "val_accuracy": None,
+        "lr": progress.lr,
+        "seconds": seconds,
+        "images_per_second": tally.samples / seconds,
+    }
 
 
 @contextmanager
@@ -190,7 +217,7 @@ def frozen_memory() -> Iterator[None]:
         gc.unfreeze()  # or libraries that count what they have made (nanobind's, in Triton) complain when Python ends
 
 
-def check_early_stopping(patience: int | None, splits: dict[str, Any]) -> None:
+def check_early_stopping(patience: int | None, splits: dict[str, Split]) -> None:
     """Refuse early stopping where there is nothing to watch; it would never stop."""
     if patience is not None and "val" not in splits:
         raise RequestError(
@@ -226,17 +253,17 @@ def summarise(progress: Progress, about: dict[str, Any], test_loss: float, test_
 def describe(
     config: dict[str, Any],
     model: nn.Module,
-    splits: dict[str, Any],
+    splits: dict[str, Split],
     input_shape: tuple[int, int, int],
-    classes: list[str],
     device: torch.device,
     directory: Path,
+    trained_with: str | None,
 ) -> None:
     """Log what is about to be trained, on what and where."""
-    sizes = ", ".join(f"{len(split):,} {name}" for name, split in splits.items())
-    shape = "x".join(map(str, input_shape))
-    log.info(f"model    {config['choices']['model']}, {sum(p.numel() for p in model.parameters()):,} parameters")
-    log.info(f"data     {config['choices']['dataset']}, {sizes}, images {shape}, {len(classes)} classes")
+    choices, sizes = config["choices"], ", ".join(f"{len(split):,} {name}" for name, split in splits.items())
+    shape, num_classes = "x".join(map(str, input_shape)), splits["train"].num_classes
+    log.info(f"model    {choices['model']}, {sum(p.numel() for p in model.parameters()):,} parameters")
+    log.info(f"data     {choices['dataset']}, {sizes}, images {shape}, {num_classes} classes")
     log.info(f"device   {device}" + (f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""))
     log.info(f"run      {directory}")
     if "val" not in splits:
@@ -247,3 +274,5 @@ def describe(
             "deterministic=true: PyTorch's deterministic algorithms only, which can be several times slower on a GPU"
         )
     log.debug(f"{model}\n" + "\n".join(f"{name} {list(p.shape)}" for name, p in model.named_parameters()))
+    if trained_with:
+        log.info(f"loss     {trained_with} in training, plain cross-entropy in validation and test")

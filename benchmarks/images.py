@@ -40,6 +40,7 @@ from torchvision.transforms.v2.functional import resize  # noqa: E402
 
 import datasets  # noqa: E402
 from engine.data.batches import Batches  # noqa: E402
+from engine.data.images import MAX_PIXELS  # noqa: E402
 from engine.data.splits import load_splits  # noqa: E402
 from engine.data.workers import cores  # noqa: E402
 
@@ -128,7 +129,7 @@ def folder_batches(root: Path, cache: bool) -> Batches:
         "root": str(root),
         "test_fraction": 0.2,
         "channels": 3,
-        "max_pixels": datasets.MAX_PIXELS,
+        "max_pixels": MAX_PIXELS,
         "skip_unreadable": False,
         "cache": cache,
         "cache_dir": str(root / "cache"),
@@ -136,7 +137,7 @@ def folder_batches(root: Path, cache: bool) -> Batches:
         "eval_transforms": RESIZE,
     }
     splits, _ = load_splits(settings, only="train")
-    return Batches(splits["train"], RESIZE, RUN, torch.device("cpu"), training=True)
+    return Batches(splits["train"], RESIZE, torch.device("cpu"), training=True, **RUN)
 
 
 def seconds(action: Callable[[], Any]) -> float:
@@ -215,7 +216,7 @@ def epoch_over(path: str, count: int) -> None:
     settings = {**SETTINGS, "_target_": f"{__name__}.mapped", "path": path, "count": count}
     augment = ["RandomHorizontalFlip", {"Normalize": {"mean": [0.5] * 3, "std": [0.25] * 3}}]
     splits, _ = load_splits({**settings, "train_transforms": augment, "eval_transforms": []})
-    batches = Batches(splits["train"], augment, RUN, torch.device("cpu"), training=True)
+    batches = Batches(splits["train"], augment, torch.device("cpu"), training=True, **RUN)
     watched: list[float] = []
     steps = 0
 

@@ -35,22 +35,14 @@ def main(repeats: int = 5) -> None:
     else:
         images = torch.randint(0, 256, (60_000, 1, 28, 28), dtype=torch.uint8)
         labels = torch.randint(0, 10, (60_000,))
-    config = {
-        "batch_size": 128,
-        "seed": 0,
-        "num_workers": 0,
-        "limit_batches": None,
-        "shuffle": True,
-        "drop_last": False,
-    }
     split = Split((images, labels), torch.arange(len(labels)), 10)
-    batches = Batches(split, [], config, torch.device("cpu"), training=True)
+    batches = Batches(split, [], torch.device("cpu"), batch_size=128, training=True)
     model = CNN((1, 28, 28), 10)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     tally, progress = Tally(torch.device("cpu")), Progress()
     schedule = cosine(optimizer, repeats * len(batches), len(batches))
     parts = {"model": model, "optimizer": optimizer, "scheduler": schedule, "tally": tally, "progress": progress}
-    about = {"format": checkpoint.FORMAT, "config": config, "classes": [], "input_shape": [1, 28, 28]}
+    about = {"format": checkpoint.FORMAT, "config": {"batch_size": 128}, "classes": [], "input_shape": [1, 28, 28]}
     training, saving = [], []
     with tempfile.TemporaryDirectory(dir="checkpoints") as folder:
         saver = Saver(Path(folder), about, {**parts, "random": RandomStates()}, None, None)

@@ -43,7 +43,6 @@ from torch import Tensor, nn  # noqa: E402
 import datasets  # noqa: E402
 import train  # noqa: E402
 from engine.config import CONFIGS, build, check  # noqa: E402
-from engine.data.batches import Batches  # noqa: E402
 from engine.data.devices import choose_device  # noqa: E402
 from engine.data.splits import load_splits  # noqa: E402
 from engine.errors import RunError  # noqa: E402
@@ -170,7 +169,7 @@ def this_project(setup: Setup) -> Loop:
     config["dataset"] = {**config["dataset"], "_target_": f"{__name__}.made_data", "samples": setup.samples}
     config["dataset"].pop("root")
     splits, classes = load_splits(config["dataset"])
-    batches = Batches(splits["train"], config["dataset"]["train_transforms"], config, setup.device, training=True)
+    batches = train.batches_of(splits, config, setup.device)["train"]
     model = setup.model()
     criterion = build(config["criterion"], "criterion")
     optimizer = build(config["optimizer"], "optimizer", model.parameters())
@@ -186,7 +185,7 @@ def this_project(setup: Setup) -> Loop:
 
     def epoch(directory: Any = directory) -> None:  # in step with train.main, less the validation that others lack
         with Terminal():
-            train.train_epoch(model, batches, criterion, optimizer, schedule, tally, progress, saver, config)
+            train.train_epoch(model, batches, criterion, optimizer, schedule, saver, config["epochs"])
         loss, accuracy = tally.read()
         row = dict.fromkeys(runs.COLUMNS) | {"epoch": progress.epoch, "train_loss": loss, "train_accuracy": accuracy}
         row |= {"lr": progress.lr, "seconds": progress.seconds}

@@ -15,8 +15,8 @@ import inspect
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,58 +37,43 @@ BUILT_GROUPS = ("model", "dataset", "optimizer", "scheduler", "criterion")  # th
 
 
 # What other programs call a setting or group of ours.
-OTHER_WORDS = {
-    "loss": "criterion",
-    "criteria": "criterion",
-    "loss_fn": "criterion",
-    "arch": "model",
-    "architecture": "model",
-    "net": "model",
-    "network": "model",
-    "data": "dataset",
-    "optim": "optimizer",
-    "opt": "optimizer",
-    "learning_rate": "optimizer.lr",
-    "wd": "optimizer.weight_decay",
-    "lr_scheduler": "scheduler",
-    "schedule": "scheduler",
-    "sched": "scheduler",
-    "bs": "batch_size",
-    "bsz": "batch_size",
-    "workers": "num_workers",
-    "threads": "num_workers",
-    "gpu": "device",
-    "gpus": "device",
-    "cuda": "device",
-    "accelerator": "device",
-    "max_epochs": "epochs",
-    "num_epochs": "epochs",
-    "n_epochs": "epochs",
-    "grad_clip": "clip_grad_norm",
-    "gradient_clip_val": "clip_grad_norm",
-    "augmentation": "dataset.train_transforms",
-    "transforms": "dataset.train_transforms",
-    "transform": "dataset.train_transforms",
-    "data_dir": "dataset.root",
-    "path": "dataset.root",
-    "run_name": "name",
-    "output": "name",
-    "output_dir": "name",
-    "random_seed": "seed",
-    "ckpt": "checkpoint",
-    "ckpt_path": "checkpoint",
-    "weights": "checkpoint",
-    "model_path": "checkpoint",
-    "image": "images",
-    "input": "images",
-    "source": "images",
-    "k": "top_k",
-    "topk": "top_k",
+_WORDS_ELSEWHERE = {
+    "criterion": "loss criteria loss_fn",
+    "model": "arch architecture net network",
+    "dataset": "data",
+    "optimizer": "optim opt",
+    "optimizer.lr": "learning_rate",
+    "optimizer.weight_decay": "wd",
+    "scheduler": "lr_scheduler schedule sched",
+    "batch_size": "bs bsz",
+    "num_workers": "workers threads",
+    "device": "gpu gpus cuda accelerator",
+    "epochs": "max_epochs num_epochs n_epochs",
+    "clip_grad_norm": "grad_clip gradient_clip_val",
+    "dataset.train_transforms": "augmentation transforms transform",
+    "dataset.root": "data_dir path",
+    "name": "run_name output output_dir",
+    "seed": "random_seed",
+    "checkpoint": "ckpt ckpt_path weights model_path",
+    "images": "image input source",
+    "top_k": "k topk",
 }
+OTHER_WORDS = {word: ours for ours, words in _WORDS_ELSEWHERE.items() for word in words.split()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Settings, read from the YAML files
+
+
+_KINDS: dict[str, tuple[str, Any]] = {  # of a value that is no list, or of any list: in words, and in Python
+    "int": ("an integer", int),
+    "float": ("a number", (int, float)),
+    "bool": ("true or false", bool),
+    "str": ("text", (str, int, float)),
+    "list": ("a list", list),
+    "str or list of str": ("text or a list of texts", (str, int, float, list)),
+    "any": ("a value", object),
+}
 
 
 @dataclass(frozen=True)
@@ -114,12 +99,10 @@ class Setting:
     @property
     def expected(self) -> str:
         """What a value has to be, in words."""
-        words = {"int": "an integer", "float": "a number", "bool": "true or false", "str": "text", "list": "a list"}
-        described = words.get(self.kind, "a value")
-        if self.kind == "str or list of str":
-            described = "text or a list of texts"
-        elif self.kind.startswith("list of "):
+        if self.kind.startswith("list of "):
             described = self.kind.replace("list of", "a list of").replace("int", "integers").replace("float", "numbers")
+        else:
+            described, _ = _KINDS[self.kind]
         return f"{described} {self.rule}".strip() + (" or null" if self.nullable else "")
 
     def accepts(self, value: Any) -> bool:
@@ -128,20 +111,20 @@ class Setting:
             return self.nullable
         if self.kind == "str or list of str":
             texts = value if isinstance(value, list) else [value]
-            return all(isinstance(v, (str, int, float)) and not isinstance(v, bool) for v in texts)
+            return all(isinstance(text, (str, int, float)) and not isinstance(text, bool) for text in texts)
         if self.kind.startswith("list of "):
             *count, kind = self.kind.removeprefix("list of ").split()
-            one = Setting(self.name, None, kind, self.rule, False, "")
+            one = replace(self, kind=kind, nullable=False)
             right_count = isinstance(value, list) and (not count or len(value) == int(count[0]))
             return right_count and all(one.accepts(item) for item in value)
-        if isinstance(value, (int, float)) and self.kind in ("int", "float") and _is_too_large(value):
+        _, types = _KINDS[self.kind]
+        if not isinstance(value, types):
             return False
-        kinds = {"int": int, "float": (int, float), "bool": bool, "str": (str, int, float), "list": list}
-        if self.kind in kinds and not isinstance(value, kinds[self.kind]):  # type: ignore[arg-type]
-            return False
-        if isinstance(value, bool) and self.kind != "bool":
-            return self.kind == "any"
+        if isinstance(value, bool):
+            return self.kind in ("bool", "any")
         if isinstance(value, float) and not math.isfinite(value):
+            return False
+        if self.kind in ("int", "float") and _limit_below(value):
             return False
         return not self.rule or _obeys(value, self.rule)
 
@@ -184,44 +167,61 @@ def read_settings(
     try:
         text = file.read_text(encoding="utf-8")
         tree = yaml.compose(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-        values = OmegaConf.to_container(OmegaConf.create(text)) if tree else {}
+        values: Any = OmegaConf.to_container(OmegaConf.create(text)) if tree else {}
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise RequestError(f"{file}: not valid YAML: {one_line(error)}") from None
     settings: dict[str, Setting] = {}
+    if not isinstance(tree, yaml.MappingNode):
+        return settings
+    for parent in values.get("defaults") or []:
+        if isinstance(parent, str) and parent != "_self_":
+            name = parent.partition("@")[0]
+            name = name[1:] if name.startswith("/") else f"{group}/{name}".lstrip("/")
+            settings |= read_settings(find_yaml(directories, name), prefix, directories, group)
     lines = text.splitlines()
 
     def walk(node: yaml.MappingNode, values: Any, path: str) -> None:
         for key, value in node.value:
             name = path + key.value
-            if name in (prefix + "defaults", prefix + "hydra") and path == prefix:
-                if key.value == "defaults":
-                    for parent in yaml.safe_load(yaml.serialize(value)):
-                        if isinstance(parent, str) and parent != "_self_":
-                            name = parent.partition("@")[0]
-                            name = name[1:] if name.startswith("/") else f"{group}/{name}".lstrip("/")
-                            settings.update(read_settings(find_yaml(directories, name), prefix, directories, group))
-            elif isinstance(value, yaml.MappingNode) and value.value:
+            if path == prefix and key.value in ("defaults", "hydra"):
+                continue
+            if isinstance(value, yaml.MappingNode) and value.value:
                 walk(value, values[key.value], name + ".")
             else:
                 comment = lines[key.start_mark.line][key.end_mark.column :].partition(" #")[2].strip()
                 settings[name] = _setting(name, values[key.value], comment, settings.get(name))
 
-    if isinstance(tree, yaml.MappingNode):
-        walk(tree, values, prefix)
+    walk(tree, values, prefix)
     return settings
 
 
 def _setting(name: str, default: Any, comment: str, inherited: Setting | None) -> Setting:
-    found = _COMMENT.fullmatch(comment)
-    if found:
+    if found := _COMMENT.fullmatch(comment):
         rule = (found["rule"] or "").strip()
         return Setting(name, default, found["kind"], rule, bool(found["null"]), found["meaning"])
     if inherited:  # a file that builds on another changes the default, not the meaning
-        return Setting(name, default, inherited.kind, inherited.rule, inherited.nullable, inherited.meaning)
-    kind = type(default).__name__ if type(default) in (int, float, bool, str, list) else "any"
-    if isinstance(default, str) and default.startswith("${"):
+        return replace(inherited, default=default)
+    kind = type(default).__name__
+    if kind not in _KINDS or str(default).startswith("${"):
         kind = "any"
     return Setting(name, default, kind, "", default is None, comment)
+
+
+def known_settings(entry: str, choices: dict[str, Any], directories: Sequence[Path] = (CONFIGS,)) -> dict[str, Setting]:
+    """Every setting of an entry point, given the option chosen of each group (or several, or None)."""
+    known = read_settings(find_yaml(directories, entry), directories=directories)
+    for group, option in choices.items():
+        for name in option if isinstance(option, list) else [option]:
+            if name is not None and group not in GLOBAL_GROUPS:
+                known |= read_settings(find_yaml(directories, f"{group}/{name}"), f"{group}.", directories, group)
+    return known
+
+
+def default_choices(entry: str, directories: Sequence[Path] = (CONFIGS,)) -> dict[str, Any]:
+    """The groups of an entry point with the option that each has unless another is chosen."""
+    defaults = yaml.safe_load(find_yaml(directories, entry).read_text(encoding="utf-8")).get("defaults", [])
+    groups = {group: option for entry in defaults if isinstance(entry, dict) for group, option in entry.items()}
+    return {group: option for group, option in groups.items() if not group.startswith("override ")}
 
 
 def group_options(directories: Iterable[Path] = (CONFIGS,)) -> dict[str, list[str]]:
@@ -252,48 +252,34 @@ def check(config: DictConfig, choices: dict[str, Any], directories: Sequence[Pat
         RequestError: an unknown or missing setting, or a value of the wrong type or out of its range.
     """
     try:
-        plain = OmegaConf.to_container(config, resolve=True)
+        plain: Any = OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as error:
         raise RequestError(f"the configuration cannot be resolved: {one_line(error)}") from None
-    assert isinstance(plain, dict)
-    choices = {group: option for group, option in choices.items() if "/" not in group} | _list_choices(config, entry)
-    known = read_settings(find_yaml(directories, entry), directories=directories)
-    for group, default in default_choices(find_yaml(directories, entry)).items():
-        if default is not None and not group.startswith("override ") and choices.get(group) is None:
+    choices = {group: option for group, option in choices.items() if "/" not in group}
+    if entry == "train":  # which Hydra does not list, as there may be several: `logger=[tensorboard,mlflow]`
+        choices["logger"] = [str(name) for name in plain.get("logger") or {}]
+    for group, default in default_choices(entry, directories).items():
+        if default is not None and choices.get(group) is None:
             raise RequestError(f"{group} has to be one of {', '.join(group_options(directories).get(group, []))}")
-    for group, option in choices.items():
-        for name in option if isinstance(option, list) else [option]:
-            if name is None or group in GLOBAL_GROUPS:
-                continue
-            file = find_yaml(directories, f"{group}/{name}")
-            own = read_settings(file, f"{group}.", directories, group)
-            if group in BUILT_GROUPS and f"{group}._target_" not in own:
-                raise RequestError(f"{file}: names nothing to build; expected `_target_: ` and a class or function")
-            known |= own
+    known = known_settings(entry, choices, directories)
+    for group in BUILT_GROUPS:
+        if choices.get(group) is not None and f"{group}._target_" not in known:
+            file = find_yaml(directories, f"{group}/{choices[group]}")
+            raise RequestError(f"{file}: names nothing to build; expected `_target_: ` and a class or function")
 
-    for name, value in leaves(plain, known):
+    values = dict(leaves(plain, known))
+    for name, value in values.items():
         if entry == "evaluate" and name.startswith("dataset.") and choices.get("dataset") is None:
             continue  # belongs to the dataset that the checkpoint names, and is checked against that
         if value == "???" and plain.get("resume"):
             continue  # the run that is resumed has it
         check_value(name, value, known)
         if known[name].kind == "str" and isinstance(value, (int, float)):
-            OmegaConf.update(config, name, str(value))  # name=123 is text that looks like a number
-    plain = OmegaConf.to_container(config, resolve=True)
-    assert isinstance(plain, dict)
-    present = dict(leaves(plain, known))
+            put(plain, name, str(value))  # name=123 is text that looks like a number
     for name in known:
-        if name not in present:
+        if name not in values:
             raise RequestError(f"the setting {name!r} was taken out (~{name}); it is needed, set it to a value instead")
-    return {**{str(key): value for key, value in plain.items()}, "choices": choices}
-
-
-def _list_choices(config: DictConfig, entry: str) -> dict[str, Any]:
-    """Of the group that takes several options at once (`logger=[tensorboard,mlflow]`) the chosen ones.
-
-    Hydra does not list them among its choices; each option's values stand under the option's own name.
-    """
-    return {"logger": [str(name) for name in config.get("logger") or {}]} if entry == "train" else {}
+    return {**plain, "choices": choices}
 
 
 def check_value(name: str, value: Any, known: dict[str, Setting]) -> None:
@@ -306,8 +292,8 @@ def check_value(name: str, value: Any, known: dict[str, Setting]) -> None:
     typed = f"{name}={shortened(as_typed(value))}"
     if not setting.accepts(value):
         why = ""
-        if isinstance(value, (int, float)) and _is_too_large(value):
-            why = f", of at most {_largest(value)}"
+        if isinstance(value, (int, float)) and (most := _limit_below(value)):
+            why = f", of at most {most}"
         elif setting.kind.startswith("list") and isinstance(value, (str, int, float)):
             why = f"; write {name}=[{shortened(as_typed(value))}]"
         raise RequestError(f"{typed}: expected {setting.expected}{why}")
@@ -315,13 +301,11 @@ def check_value(name: str, value: Any, known: dict[str, Setting]) -> None:
         raise RequestError(f"{typed}: {trouble}")
 
 
-def _is_too_large(number: int | float) -> bool:
-    """Whether a number has no room where it is going to; infinity and what is no number have room in a float."""
-    return abs(number) > LARGEST if isinstance(number, int) else LARGEST_FLOAT < abs(number) < math.inf
-
-
-def _largest(number: int | float) -> str:
-    return f"{LARGEST:,}" if isinstance(number, int) else str(LARGEST_FLOAT)
+def _limit_below(number: int | float) -> str:
+    """The limit that a number exceeds, so that there is no room for it; infinity and NaN have room in a float."""
+    if isinstance(number, int):
+        return f"{LARGEST:,}" if abs(number) > LARGEST else ""
+    return str(LARGEST_FLOAT) if LARGEST_FLOAT < abs(number) < math.inf else ""
 
 
 def _trouble_of(value: Any) -> str:
@@ -329,8 +313,8 @@ def _trouble_of(value: Any) -> str:
     if isinstance(value, (list, dict)):
         parts = [*value, *value.values()] if isinstance(value, dict) else value
         return next(filter(None, map(_trouble_of, parts)), "")
-    if isinstance(value, (int, float)) and _is_too_large(value):
-        return f"holds a number beyond {_largest(value)}"
+    if isinstance(value, (int, float)) and (most := _limit_below(value)):
+        return f"holds a number beyond {most}"
     if not isinstance(value, str):
         return ""
     try:
@@ -339,9 +323,9 @@ def _trouble_of(value: Any) -> str:
         return "not in UTF-8; expected text, or a file or folder that is renamed so"
     if b"\0" in encoded:
         return "holds a zero byte, which no name may"
-    most, most_of_part = LONGEST
-    if len(encoded) > most or max(map(len, encoded.split(b"/"))) > most_of_part:
-        return f"too long; expected at most {most:,} bytes, and {most_of_part} between two slashes"
+    longest, longest_part = LONGEST
+    if len(encoded) > longest or max(map(len, encoded.split(b"/"))) > longest_part:
+        return f"too long; expected at most {longest:,} bytes, and {longest_part} between two slashes"
     return ""
 
 
@@ -362,14 +346,22 @@ def no_such_setting(name: str, known: Iterable[str]) -> str:
     return f"there is no setting {shortened(name)!r}{near}; {there_are}"
 
 
-def leaves(tree: dict[Any, Any], known: dict[str, Setting], path: str = "") -> Iterable[tuple[str, Any]]:
-    """Dotted name and value of every setting of a configuration; a `known` setting may itself be a dictionary."""
+def leaves(tree: dict[Any, Any], whole: Container[str] = (), path: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted name and value of all that a configuration holds, dictionaries of a name in `whole` as they are."""
     for key, value in tree.items():
         name = f"{path}{key}"
-        if isinstance(value, dict) and value and name not in known:
-            yield from leaves(value, known, name + ".")
+        if isinstance(value, dict) and value and name not in whole:
+            yield from leaves(value, whole, name + ".")
         else:
             yield name, value
+
+
+def put(tree: dict[str, Any], name: str, value: Any) -> None:
+    """Set what stands under a dotted name, as `leaves` gives it."""
+    *path, last = name.split(".")
+    for key in path:
+        tree = tree.setdefault(key, {})
+    tree[last] = value
 
 
 def find_yaml(directories: Sequence[Path], name: str) -> Path:
@@ -383,11 +375,6 @@ def as_typed(value: Any) -> str:
     if isinstance(value, int) and abs(value) > LARGEST:
         return hex(value) if value.bit_length() > 256 else str(value)  # Python refuses to write out thousands of digits
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def default_choices(file: Path) -> dict[str, Any]:
-    defaults = yaml.safe_load(file.read_text(encoding="utf-8")).get("defaults", [])
-    return {group: option for entry in defaults if isinstance(entry, dict) for group, option in entry.items()}
 
 
 def no_such_option(group: str, option: str, options: Sequence[str]) -> str:

@@ -57,6 +57,11 @@ def shortened(text: str, most: int = 80) -> str:
     return text if len(text) <= most else f"{text[:head]}...{text[head + 3 - most :]}"
 
 
+def counted(number: int, noun: str) -> str:
+    """`1 image`, `1,797 images`."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
 def out_of_memory(error: BaseException, batch_size: int) -> str | None:
     """What to say and to try where a step ran out of memory, the device's or the machine's; None for other errors."""
     words = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")  # torch has several

@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from tqdm import tqdm
@@ -94,6 +94,16 @@ def is_cut_off(error: BaseException) -> bool:
     return isinstance(sys.stdout, Stream) and error is sys.stdout.failure
 
 
+@contextlib.contextmanager
+def until_cut_off() -> Iterator[None]:
+    """A part of the program that quietly ends where standard output takes nothing more, which `release` tells."""
+    try:
+        yield
+    except OSError as error:
+        if not is_cut_off(error):
+            raise
+
+
 def release(exit_code: int) -> int:
     """Send what is left to standard output, put the streams back, and return the exit code to leave with.
 
@@ -122,10 +132,20 @@ def width() -> int | None:
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
+def aligned(columns: Iterable[Sequence[str]], to_the_right: Iterable[bool]) -> str:
+    """Columns of text side by side, each as wide as its widest cell, and which of them are aligned to the right."""
+    padded = []
+    for cells, right in zip(columns, to_the_right, strict=True):
+        widest = max(map(len, cells))
+        padded.append([cell.rjust(widest) if right else cell.ljust(widest) for cell in cells])
+    return "\n".join("  ".join(line).rstrip() for line in zip(*padded, strict=True))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Lines and bars
 
 log = logging.getLogger("run")  # to the terminal and to train.log
+log.setLevel(logging.DEBUG)  # whatever Hydra has done to the root's
 
 label = ""  # "job 3/12" while a job of a sweep runs in this process
 

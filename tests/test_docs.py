@@ -9,7 +9,7 @@ import shlex
 import pytest
 from conftest import ROOT, Call
 
-from engine.command.cli import setting_rows
+from engine.command.help import setting_rows
 from engine.config import group_options
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -80,3 +82,17 @@ def test_an_optimizer_a_schedule_and_a_loss_are_dropped_in(tree: Path, process: 
     assert process("train", "criterion=focal", "criterion.gamma=-1", root=tree).error == (
         "criterion.gamma=-1: expected a number >= 0"
     )
+
+
+def test_the_data_path_works_without_a_configuration() -> None:
+    """As the README shows it, in a process of its own that has neither Hydra nor the command line."""
+    code = README.partition("\n## The parts alone")[2].partition("```python\n")[2].partition("```")[0]
+    assert "    ..." in code
+    code = code.replace("    ...", "    print(*images.shape, images.dtype, *labels.shape, labels.dtype)")
+    refused = ("hydra", "omegaconf", "engine.command", "engine.config", "engine.run")
+    before = f"import sys; sys.modules.update(dict.fromkeys({refused!r})); import models\n"
+    done = subprocess.run([sys.executable, "-c", before + code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0] == "64 1 8 8 torch.float32 64 torch.int64"
+    assert sum(int(line.split()[5]) for line in lines) == 1442 - 143  # of each class four of five, less a tenth

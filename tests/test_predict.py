@@ -21,6 +21,7 @@ from processes import run
 import datasets
 import predict
 from engine.data.batches import Batches
+from engine.data.images import read_image
 from engine.data.splits import load_splits
 from engine.errors import RequestError, RunError
 from engine.run import checkpoint
@@ -139,7 +140,7 @@ def test_every_format_and_size_is_seen_as_in_evaluation(tmp_path: Path, call: An
     files = datasets.ImageFiles([str(p) for p in paths], [CLASSES.index(p.parent.name) for p in paths], channels)
     splits, _ = load_splits({**config["dataset"], "skip_unreadable": False, "cache": False, "cache_dir": ""})
     everything = type(splits["test"])(files, torch.arange(len(files)), len(CLASSES))
-    batches = Batches(everything, transforms, {**config, "num_workers": 0}, torch.device("cpu"))
+    batches = Batches(everything, transforms, torch.device("cpu"), batch_size=config["batch_size"])
     model = checkpoint.build_model(checkpoint.read(Path(file)), Path(file)).eval()
     _, confusion = evaluate(model, batches, len(CLASSES))
     with torch.inference_mode():
@@ -183,7 +184,7 @@ def test_images_of_another_size_are_scaled_where_the_transforms_do_not_and_that_
     assert "1 of 2 images was scaled to the 12x12 pixels of the model" in said.err
 
     model = checkpoint.build_model(checkpoint.read(Path(file)), Path(file)).eval()
-    pixels = datasets.read_image(tmp_path / "larger.png", 3)[None]
+    pixels = read_image(tmp_path / "larger.png", 3)[None]
     scaled = torch.nn.functional.interpolate(pixels, (12, 12), mode="bilinear", antialias=True) / 255
     mean, std = (torch.tensor(NORMALIZE["Normalize"][key]).view(3, 1, 1) for key in ("mean", "std"))
     best = model((scaled - mean) / std).softmax(1).max().detach()

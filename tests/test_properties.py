@@ -64,7 +64,7 @@ def test_batches_of_an_epoch_from_any_start(
     images = torch.arange(count, dtype=torch.uint8).view(count, 1, 1, 1)
     split = Split((images, torch.arange(count)), torch.arange(count), num_classes=count)
     run = {"batch_size": batch_size, "seed": 3, "shuffle": True, "drop_last": drop_last, "limit_batches": limit}
-    batches = Batches(split, [], {**run, "num_workers": 0}, CPU, training=True)
+    batches = Batches(split, [], CPU, training=True, **run)
     order = order_of(3, epoch, count)
     expected = [order[first : first + batch_size] for first in range(0, count, batch_size)]
     expected = [batch for batch in expected if len(batch) == batch_size or not drop_last][:limit]

@@ -221,7 +221,7 @@ def test_the_recipes_differ_in_what_they_are_there_for() -> None:
 
 def batches_of(**changes: Any) -> Batches:
     run = {"batch_size": 100, "seed": 0, "shuffle": True, "drop_last": False, "limit_batches": None, "num_workers": 0}
-    return Batches(load_splits(DIGITS)[0]["train"], [], {**run, **changes}, CPU, training=True)
+    return Batches(load_splits(DIGITS)[0]["train"], [], CPU, training=True, **{**run, **changes})
 
 
 def test_the_order_is_a_permutation_that_differs_by_seed_and_epoch() -> None:
@@ -264,7 +264,7 @@ def test_how_many_samples_are_in_each_batch(changes: dict[str, Any], sizes: list
 def test_only_training_is_shuffled_and_loses_its_last_batch() -> None:
     splits, _ = load_splits(DIGITS)
     run = {"batch_size": 100, "seed": 0, "shuffle": True, "drop_last": True, "limit_batches": None, "num_workers": 0}
-    batches = Batches(splits["test"], [], run, CPU)
+    batches = Batches(splits["test"], [], CPU, **run)
     labels = torch.cat([labels for _, labels in batches.epoch(5)])
     assert labels.tolist() == digits()["test"][1].tolist() and len(batches) == 4
 

@@ -18,7 +18,7 @@ import yaml
 from conftest import Call
 from test_run_checkpoint import refused, small
 
-from engine.config import Setting
+from engine.config import Setting, known_settings
 from engine.errors import RequestError
 from engine.run import archive, checkpoint, trust
 
@@ -132,7 +132,7 @@ def test_where_metrics_go_is_not_taken_from_a_run(call: Call, tmp_path: Path) ->
     assert call("train", "name=theirs", *QUICK).code == 0
     directory = run_made_elsewhere(tmp_path)
     config = yaml.safe_load((directory / ".hydra" / "config.yaml").read_text())
-    known = trust.known_settings({**config["choices"], "logger": ["csv", "mlflow", "wandb"]})
+    known = known_settings("train", {**config["choices"], "logger": ["csv", "mlflow", "wandb"]})
     logger = {"mlflow": {"uri": "http://elsewhere", "pictures": False}, "wandb": {"mode": "online"}}
     here = {"mlflow": {"uri": "sqlite:///checkpoints/mlflow.db", "pictures": True}, "wandb": {"mode": "offline"}}
     taken, left = trust.taken_over({"logger": here}, {"logger": logger}, [], directory, known, ours=False)

@@ -150,7 +150,7 @@ def test_the_trial_leaves_no_trace() -> None:
     images = torch.randint(0, 256, (10, 1, 8, 8), dtype=torch.uint8)
     config: dict[str, Any] = {"batch_size": 4, "seed": 0, "num_workers": 0, "limit_batches": None}
     config |= {"shuffle": True, "drop_last": False}
-    batches = Batches(Split((images, labels), torch.arange(10), 3), [], config, torch.device("cpu"), training=True)
+    batches = Batches(Split((images, labels), torch.arange(10), 3), [], torch.device("cpu"), training=True, **config)
     model = Remembers()
 
     def state() -> dict[str, Any]:
@@ -180,7 +180,7 @@ def test_no_sample_of_a_dataset_of_the_users_is_read() -> None:
 
     config: dict[str, Any] = {"batch_size": 4, "seed": 0, "num_workers": 0, "limit_batches": None}
     config |= {"shuffle": True, "drop_last": False}
-    batches = Batches(Split(Opened(), torch.arange(6), 3), [], config, torch.device("cpu"), training=True)
+    batches = Batches(Split(Opened(), torch.arange(6), 3), [], torch.device("cpu"), training=True, **config)
     model, settings = nn.Sequential(nn.Flatten(), nn.Linear(4, 3)), {"_target_": "torch.optim.SGD", "lr": 0.1}
     for criterion in (nn.CrossEntropyLoss(), nn.MSELoss()):  # its labels may be either
         try_step(model, criterion, settings, batches, (1, 2, 2), 3)

@@ -7,29 +7,21 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from engine.config import as_typed, check_value, leaves
+from engine.config import as_typed, check_value, known_settings, leaves, put
 from engine.errors import RequestError, shortened
 from engine.run import runs, trust
 
 # What may change without changing the weights of the epochs that were planned.
 FREE = (
-    "epochs",
-    "device",
-    "num_workers",
-    "name",
-    "resume",
-    "resume_changed",
-    "checkpoint",
-    "early_stopping",
-    "logger",
+    "epochs", "early_stopping", "device", "num_workers", "name", "resume", "resume_changed", "checkpoint", "logger",
     "hparams_search",
-)
+)  # fmt: skip
 
 ELSEWHERE = "paths, addresses and names are not taken from a run that was made elsewhere"
 
 
-def with_choices_of_run(arguments: list[str], directories: Sequence[Path]) -> list[str]:
-    """The command line with the resumed run's choice of each group put in, where none was typed.
+def choices_of_run(arguments: list[str], directories: Sequence[Path]) -> list[str]:
+    """The resumed run's choice of each group that a command line leaves open, as they are typed.
 
     So its settings can be typed as for the run itself: `resume=latest optimizer.betas=[0.9,0.95]` of a run with Adam.
 
@@ -42,7 +34,7 @@ def with_choices_of_run(arguments: list[str], directories: Sequence[Path]) -> li
     """
     run = _value(arguments, "resume")
     if run in (None, "null", ""):
-        return arguments
+        return []
     if {"-m", "--multirun"} & set(arguments):
         raise RequestError("resume= continues one run; it does not go with -m")
     directory = runs.find(str(run))
@@ -51,7 +43,7 @@ def with_choices_of_run(arguments: list[str], directories: Sequence[Path]) -> li
         f"{group}={choice if isinstance(choice, str) else f'[{chr(44).join(choice)}]'}"
         for group, choice in trust.choices(own["choices"], directory, directories).items()
         if choice and group != "hparams_search" and not _value(arguments, group)  # a search starts runs of its own
-    ] + arguments
+    ]
 
 
 def _value(arguments: Iterable[str], name: str) -> str | None:
@@ -74,49 +66,43 @@ def adopt(config: dict[str, Any], overrides: Iterable[str], directories: Sequenc
     """
     directory = runs.find(config["resume"])
     own, ours = trust.read_run(directory)
-    groups = [group for group, choice in config["choices"].items() if own["choices"].get(group) != choice]
+    choices, own_choices = config["choices"], own["choices"]
+    groups = [group for group, choice in choices.items() if own_choices.get(group) != choice]
     typed = [override.split("=", 1)[0].lstrip("+~") for override in overrides]
     for name in typed:
         if name in groups and name not in config:
             raise RequestError(f"{name}=: cannot be changed when resuming; set its values one by one")
-    typed = [name for name in typed if name not in config["choices"]] + groups
-    known = trust.known_settings(config["choices"], directories)
-    here = {key: value for key, value in config.items() if key != "choices"}
-    own_values = {key: value for key, value in own.items() if key != "choices"}
-    taken, left = trust.taken_over(here, own_values, typed, directory, known, ours)
-    result = copy.deepcopy(config)
+    typed = [name for name in typed if name not in choices] + groups
+    known = known_settings("train", choices, directories)
+    result = {key: copy.deepcopy(value) for key, value in config.items() if key != "choices"}
+    own = {key: value for key, value in own.items() if key != "choices"}
+    taken, left = trust.taken_over(result, own, typed, directory, known, ours)
     for name, value in taken.items():
-        *path, last = name.split(".")
-        target = result
-        for key in path:
-            target = target[key]
-        target[last] = value
-    result |= {"resume": str(directory), "resume_changed": config["resume_changed"], "changed": []}
+        put(result, name, value)
+    result |= {"resume": str(directory), "resume_changed": config["resume_changed"]}
 
-    for name, value in leaves({key: result[key] for key in here}, known):
+    before, after = dict(leaves(own, known)), dict(leaves(result, known))
+    for name, value in after.items():
         if value == "???":
             if asked := [text for text in left if text.startswith(f"{name}=")]:
                 raise RequestError(f"{directory}: say {asked[0]}: {ELSEWHERE}")
             check_value(name, value, known)
 
     groups = [group for group in groups if group not in FREE]
-    changed = [f"{group} {own['choices'].get(group)} -> {config['choices'][group]}" for group in groups]
-    before, after = dict(leaves(own_values, known)), dict(leaves({k: result[k] for k in here}, known))
+    changed = [f"{group} {own_choices.get(group)} -> {choices[group]}" for group in groups]
     differing = [name for name in sorted(before.keys() | after.keys()) if before.get(name) != after.get(name)]
     not_free = [name for name in differing if name.split(".")[0] not in (*FREE, *groups)]
     changed += [f"{name} {_brief(before, name)} -> {_brief(after, name)}" for name in not_free]
     from_file = [text for text in left if text.partition("=")[0] in not_free]
     if changed and not config["resume_changed"]:
-        way_out = "leave them out"
-        if from_file:
-            way_out = f"say {' '.join(from_file)} ({ELSEWHERE})"
+        way_out = f"say {' '.join(from_file)} ({ELSEWHERE})" if from_file else "leave them out"
         raise RequestError(
             f"{directory} was started with other settings: {shortened(', '.join(changed), 600)}; {way_out}, "
             "or accept with resume_changed=true that the result is no longer that of one run"
         )
     if told := [text for text in left if text not in from_file and not text.startswith("name=")]:
         print(f"not taken from {directory}, which was made elsewhere: {shortened(', '.join(told), 600)}")
-    return {**result, "changed": changed or ["as asked"] * config["resume_changed"]}
+    return {**result, "choices": choices, "changed": changed or ["as asked"] * config["resume_changed"]}
 
 
 def _brief(values: dict[str, Any], name: str) -> str:

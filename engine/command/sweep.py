@@ -30,10 +30,9 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
@@ -44,16 +43,11 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from engine import files, terminal
 from engine.config import ROOT
-from engine.errors import Interrupted, RequestError, RunError, interrupt_behind, one_line, printable
+from engine.errors import Interrupted, RequestError, RunError, counted, interrupt_behind, one_line, printable
 from engine.run import compare, runs, trust
 
 INSTALL = "pip install '.[sweep]'"
 UNIMPORTANT = (*compare.NOT_COMPARED, "name", "resume", "resume_changed", "checkpoint", "device", "num_workers")
-Plain = dict[str, Any]
-CHOSEN_BY = {
-    "val_accuracy": "by validation accuracy",
-    "train_accuracy": "by training accuracy: there is no validation part",
-}
 MOST_CHECKED = 500  # jobs whose configurations are composed and checked before the first one runs; 0.1 s each
 
 # Where the plugins' own defaults do not serve a sweep of trainings: theirs, ours, why. What is set in a YAML or on the
@@ -70,25 +64,22 @@ PLUGIN_DEFAULTS: dict[str, tuple[Any, Any]] = {
 }
 
 
-@dataclass
-class Sweep:
-    """The sweep that this process started."""
+class Sweep(NamedTuple):
+    """A sweep, as it was when this process started it."""
 
     directory: Path
-    lines_before: int  # of jobs.jsonl, when it started
+    lines_before: int  # of jobs.jsonl
+
+    def ended(self) -> list[dict[str, Any]]:
+        """How jobs ended since then."""
+        return [record for record in _journal(self.directory)[self.lines_before :] if record["state"] != "began"]
+
+    def failed(self) -> list[dict[str, Any]]:
+        """Those that failed."""
+        return [record for record in self.ended() if record["state"] == "failed"]
 
 
-_started: Sweep | None = None
-
-
-def has_started() -> bool:
-    """Whether this process got as far as the first job of a sweep."""
-    return _started is not None
-
-
-def has_failures() -> bool:
-    """Whether a job of the sweep that this process started has failed."""
-    return _started is not None and any(record["state"] == "failed" for record in _news(_started))
+started: Sweep | None = None  # once it got as far as its first job
 
 
 def is_job() -> bool:
@@ -110,19 +101,26 @@ def start(config: DictConfig, check: Callable[[DictConfig], Any]) -> None:
     Raises:
         RequestError: a job's configuration is wrong, an extra is missing, the name is taken; nothing was made.
     """
-    global _started
+    global started
     _check_installed(config)
     given = [str(text) for text in config.hydra.overrides.task]
     parameters = config.hydra.sweeper.get("params") or {}
     overrides = OverridesParser.create().parse_overrides([*(f"{key}={v}" for key, v in parameters.items()), *given])
-    swept = {str(o.get_key_element()): o for o in overrides if o.is_sweep_override()}
+    choices: dict[str, list[str]] = {}  # of each setting its values; the last time that it is typed counts
+    for override in overrides:
+        key = str(override.get_key_element())
+        values = _values(override) if override.is_sweep_override() else [override.get_value_element_as_str()]
+        choices[key] = [f"{key}={value}" for value in values]
+    swept = {str(override.get_key_element()) for override in overrides if override.is_sweep_override()}
     if "name" in swept:
         raise RequestError("name: names the whole sweep, so it cannot be swept; the runs are named by what differs")
     optuna = str(config.hydra.sweeper._target_).endswith("OptunaSweeper")
-    jobs = [list(job) for job in itertools.islice(_jobs(overrides, first_only=optuna), MOST_CHECKED)]
-    for job in jobs:
-        check(GlobalHydra.instance().config_loader().load_sweep_config(config, job))
-    total = int(config.hydra.sweeper.n_trials) if optuna else math.prod(len(_values(o)) for o in swept.values())
+    jobs: Iterable[Sequence[str]] = itertools.product(*choices.values())
+    if optuna:  # which proposes values between the first and the last ones
+        jobs = [[values[place] for values in choices.values()] for place in (0, -1)]
+    for job in itertools.islice(jobs, MOST_CHECKED):
+        check(GlobalHydra.instance().config_loader().load_sweep_config(config, list(job)))
+    total = int(config.hydra.sweeper.n_trials) if optuna else math.prod(map(len, choices.values()))
 
     name = next((str(o.value()) for o in overrides if o.key_or_group == "name" and o.value() is not None), None)
     directory, made = _claim(Path(config.hydra.sweep.dir), name)
@@ -140,22 +138,22 @@ def start(config: DictConfig, check: Callable[[DictConfig], Any]) -> None:
             shutil.rmtree(directory, ignore_errors=True)
         raise
 
-    _started = Sweep(directory, len(_journal(directory)))
+    started = Sweep(directory, len(_journal(directory)))
     paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path and path != str(ROOT)]
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *paths])  # jobs in processes of their own import from there
-    signal.signal(signal.SIGTERM, _terminate)  # so that launchers take their processes down with them
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that launchers take their processes down with them
     if "submitit" in str(config.hydra.launcher._target_):
-        threading.Thread(target=_tell_news, args=(_started,), daemon=True).start()
+        threading.Thread(target=_tell_ends, args=(started,), daemon=True).start()
     left = f", {settings['first_number']} of them done" if settings["first_number"] else ""
-    _say(f"sweep    {directory}, {compare.counted(total, 'trial' if optuna else 'job')}{left}")
+    _say(f"sweep    {directory}, {counted(total, 'trial' if optuna else 'job')}{left}")
 
 
-def _tell_news(sweep: Sweep) -> None:
+def _tell_ends(sweep: Sweep) -> None:
     """Tell how jobs end whose output goes to files of their own, until the program ends."""
     told = 0
     while True:
         time.sleep(2)
-        for record in _news(sweep)[told:]:
+        for record in sweep.ended()[told:]:
             told += 1
             if record["state"] == "finished":
                 _say(f"job {record['job']} ({' '.join(record['overrides'])}): finished, {record['run']}")
@@ -163,24 +161,17 @@ def _tell_news(sweep: Sweep) -> None:
                 _report(record, record["reason"])
 
 
-def _terminate(*_: Any) -> None:
-    sys.exit(143)
-
-
 def _check_installed(config: DictConfig) -> None:
     """Name the extra that a sweeper or launcher of Hydra's plugins needs."""
     for kind in ("sweeper", "launcher"):
-        package, _, plugin = str(config.hydra[kind]._target_).partition(".")
-        plugin = plugin.partition(".")[0]
-        if package == "hydra_plugins" and not _is_plugin(plugin):
-            raise RequestError(f"hydra/{kind}: needs {plugin.replace('_', '-')}, which is not installed: {INSTALL}")
-
-
-def _is_plugin(name: str) -> bool:
-    try:
-        return importlib.util.find_spec(f"hydra_plugins.{name}") is not None
-    except ModuleNotFoundError:
-        return False  # no plugin at all
+        package, plugin, *_ = [*str(config.hydra[kind]._target_).split("."), ""]
+        if package == "hydra_plugins":
+            try:
+                found = importlib.util.find_spec(f"hydra_plugins.{plugin}")
+            except ModuleNotFoundError:  # no plugin at all
+                found = None
+            if found is None:
+                raise RequestError(f"hydra/{kind}: needs {plugin.replace('_', '-')}, which is not installed: {INSTALL}")
 
 
 def _values(override: Override) -> list[str]:
@@ -193,20 +184,6 @@ def _values(override: Override) -> list[str]:
     return [str(text) for text in override.sweep_string_iterator()]
 
 
-def _jobs(overrides: Sequence[Override], first_only: bool) -> Any:
-    """The overrides of each job; with `first_only` those of two, one with all first and one with all last values."""
-    choices: dict[str, list[str]] = {}
-    for override in overrides:
-        key = str(override.get_key_element())
-        if override.is_sweep_override():
-            choices[key] = [f"{key}={value}" for value in _values(override)]
-        else:
-            choices[key] = [f"{key}={override.get_value_element_as_str()}"]
-    if first_only:
-        return [[values[place] for values in choices.values()] for place in (0, -1)]
-    return itertools.product(*choices.values())
-
-
 def _claim(root: Path, name: str | None) -> tuple[Path, bool]:
     """The sweep's own directory, and whether it is new: mkdir succeeds for one process only, whenever they start."""
     base = name or f"sweep_{time.strftime('%Y-%m-%d_%H-%M-%S')}"
@@ -215,21 +192,19 @@ def _claim(root: Path, name: str | None) -> tuple[Path, bool]:
         root.mkdir(parents=True, exist_ok=True)
         for number in itertools.count(1):
             directory = root / (base if number == 1 else f"{base}_{number}")
-            try:
+            with contextlib.suppress(FileExistsError):
                 directory.mkdir()
                 return directory, True
-            except FileExistsError:
-                if name is None:
-                    continue
-                if (directory / "sweep.json").is_file() and not directory.is_symlink():
-                    trust.check_folder(directory)
-                    return directory, False  # the same sweep goes on
-                raise RequestError(f"name={name}: {directory} is taken; choose another name or remove it") from None
+            if name is not None:
+                break
+        if (directory / "sweep.json").is_file() and not directory.is_symlink():
+            trust.check_folder(directory)
+            return directory, False  # the same sweep goes on
     except ValueError as error:
         raise RequestError(f"name={name}: {directory}: {one_line(error)}") from None
     except OSError as error:
         raise RequestError(f"the sweep's directory cannot be made in {root.resolve()}: {one_line(error)}") from None
-    raise AssertionError
+    raise RequestError(f"name={name}: {directory} is taken; choose another name or remove it")
 
 
 def _set_defaults(hydra: Any, directory: Path, total: int) -> None:
@@ -353,10 +328,8 @@ def run_job(
 
 def _varying(overrides: list[str], names: list[str]) -> list[str]:
     """The overrides that tell this job from the others, without Hydra's + before a name."""
-    plain = [text.lstrip("+") for text in overrides]
-    return [text for text in plain if text.partition("=")[0] in names] or [
-        t for t in plain if not t.startswith("name=")
-    ]
+    plain = [text for text in (override.lstrip("+") for override in overrides) if not text.startswith("name=")]
+    return [text for text in plain if text.partition("=")[0] in names] or plain
 
 
 def _fingerprint(plain: dict[str, Any]) -> str:
@@ -373,26 +346,21 @@ def _before(directory: Path, configuration: str) -> dict[str, Any]:
     Only runs of the sweep's own directory count, whatever its jobs.jsonl names.
     """
     for record in reversed(_journal(directory)):
-        if record.get("configuration") == configuration and record.get("run"):
-            run = directory.parent / record["run"]
-            sweep, _, own = record["run"].partition("/")
-            if sweep != directory.name or not re.fullmatch(runs.PLAIN_NAME, own) or run.is_symlink():
-                continue
-            if (run / "summary.json").is_file():
-                return record if record["state"] == "finished" else {}
-            can_go_on = record["state"] in ("began", "stopped") and (run / ".hydra" / "config.yaml").is_file()
-            return record if can_go_on and _holds_files_only(run) else {}
+        sweep, _, own = (record.get("run") or "").partition("/")
+        run, is_own = directory / own, sweep == directory.name and re.fullmatch(runs.PLAIN_NAME, own)
+        if record.get("configuration") != configuration or not is_own or run.is_symlink():
+            continue
+        if (run / "summary.json").is_file():
+            return record if record["state"] == "finished" else {}
+        if record["state"] not in ("began", "stopped") or not (run / ".hydra" / "config.yaml").is_file():
+            return {}
+        try:
+            trust.check_folder(run)
+            trust.check_folder(run / ".hydra")
+        except (OSError, ValueError):  # something in it leads elsewhere
+            return {}
+        return record
     return {}
-
-
-def _holds_files_only(run: Path) -> bool:
-    """Whether nothing in a run's directory leads elsewhere, so that it can be gone on with."""
-    try:
-        trust.check_folder(run)
-        trust.check_folder(run / ".hydra")
-    except (OSError, ValueError):
-        return False
-    return True
 
 
 def _run_name(directory: Path, number: int, varying: list[str]) -> str:
@@ -449,11 +417,6 @@ def _record(directory: Path, record: dict[str, Any], **result: Any) -> None:
         file.write(line.encode())
 
 
-def _news(sweep: Sweep) -> list[dict[str, Any]]:
-    """How jobs ended since this process started the sweep."""
-    return [record for record in _journal(sweep.directory)[sweep.lines_before :] if record["state"] != "began"]
-
-
 def _journal(directory: Path) -> list[dict[str, Any]]:
     """The records of jobs.jsonl; a line that a crash cut off, or that no sweep wrote, is passed over."""
     try:
@@ -462,13 +425,9 @@ def _journal(directory: Path) -> list[dict[str, Any]]:
         return []
     records = []
     for line in lines:
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if _is_record(record):
-            records.append(record)
-    return records
+        with contextlib.suppress(ValueError, RecursionError):
+            records.append(json.loads(line))
+    return [record for record in records if _is_record(record)]
 
 
 def _is_record(record: Any) -> bool:
@@ -506,44 +465,32 @@ def finish(exit_code: int) -> int:
     Returns:
         the program's exit code: 1 with a failed job, 2 where no job could do what was asked.
     """
-    global _started
-    if _started is None:
+    global started
+    if started is None:
         return exit_code
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    directory, news = _started.directory, _news(_started)
-    _started = None
-    failed = [record for record in news if record["state"] == "failed"]
+    directory, ended, failed = started.directory, started.ended(), started.failed()
+    started = None
     rows = [row for row in compare.read_runs(directory) if row["state"] == "finished"]
     if rows:
         print(f"\n{summary(directory, rows)}", flush=True)
-    elif not any(directory.glob("*/.hydra")) and not (directory / "study.db").exists():
-        _remove(directory)
+    elif not any(directory.glob("*/.hydra")) and not (directory / "study.db").exists():  # nothing ran
+        for name in ("sweep.json", "jobs.jsonl", "multirun.yaml"):
+            (directory / name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a launcher's logs are in it
+            directory.rmdir()
     if failed:
-        print(f"\n{len(failed)} of {compare.counted(len(news), 'job')} failed:", file=sys.stderr)
+        print(f"\n{len(failed)} of {counted(len(ended), 'job')} failed:", file=sys.stderr)
         for record in failed:
             _report(record, record["reason"])
     if exit_code and directory.is_dir():
-        again = shlex.join(["python", *sys.argv, *([] if _is_named() else [f"name={directory.name}"])])
-        print(
-            f"\nthe sweep did not come to its end; what has finished is kept, the rest with: {again}", file=sys.stderr
-        )
+        named = any(argument.startswith("name=") for argument in sys.argv)
+        again = shlex.join(["python", *sys.argv, *([] if named else [f"name={directory.name}"])])
+        message = "the sweep did not come to its end; what has finished is kept, the rest with"
+        print(f"\n{message}: {again}", file=sys.stderr)
     if exit_code or not failed:
         return exit_code
     return 2 if not rows and all(record.get("exit_code") == 2 for record in failed) else 1
-
-
-def _is_named() -> bool:
-    return any(argument.startswith("name=") for argument in sys.argv)
-
-
-def _remove(directory: Path) -> None:
-    """Take away a directory in which nothing ran."""
-    for name in ("sweep.json", "jobs.jsonl", "multirun.yaml"):
-        (directory / name).unlink(missing_ok=True)
-    try:
-        directory.rmdir()
-    except OSError:
-        return  # a launcher's logs are in it
 
 
 def summary(directory: Path, rows: list[dict[str, Any]]) -> str:
@@ -560,7 +507,8 @@ def summary(directory: Path, rows: list[dict[str, Any]]) -> str:
     # A run's name begins with its job's number and goes on with what the columns say.
     short = [{**row, "run": str(row["run"]).partition("_")[0]} if "run" in row else row for row in shown]
     text = compare.table(short, columns, terminal.width())
-    text += f"\n\nbest     {directory / best['run'] / 'best.pt'} ({CHOSEN_BY[best_by]})"
+    by = "validation accuracy" if best_by == "val_accuracy" else "training accuracy: there is no validation part"
+    text += f"\n\nbest     {directory / best['run'] / 'best.pt'} (by {by})"
     try:
         files.write(directory / "sweep.csv", compare.csv_text(shown, columns))
         text += f"\ntable    {directory / 'sweep.csv'}"

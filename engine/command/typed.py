@@ -53,20 +53,16 @@ def as_meant(
         for pattern, answer in ANSWERS:
             if re.fullmatch(pattern, argument.lstrip("+~"), re.DOTALL):
                 raise RequestError(f"{shortened(argument)}: cannot be set; {answer}")
-    given: list[str] = []
-    files: list[str] = []
-    for argument in arguments:
-        (files if _is_file(entry, argument, known) else given).append(argument)
-    given += _named(entry, files)
+    files = [argument for argument in arguments if _is_file(entry, argument, known)]
+    names = set(files)
+    given = [argument for argument in arguments if argument not in names] + _named(entry, files)
     if files and (twice := given_twice(given)):
         raise RequestError(f"{twice[0]} is given twice: {shortened(files[0])} is taken for it; leave one out")
     for argument in given:
         if "=" not in argument and not argument.startswith("~"):
             raise RequestError(f"{shortened(argument)!r} is not understood: {_bare(argument, known(), options)}")
     given = [_with_braces(argument) for argument in given]
-    if entry != "train":
-        given = [quoted_path(argument) for argument in given]
-    return given
+    return given if entry == "train" else [_quoted_path(argument) for argument in given]
 
 
 def _with_braces(argument: str) -> str:
@@ -88,8 +84,7 @@ def _for_hydra(value: Any) -> str:
     if isinstance(value, list):
         return f"[{', '.join(map(_for_hydra, value))}]"
     if isinstance(value, str) and not re.fullmatch(r"[\w./-]+", value):
-        quoted = value.replace("'", r"\'")
-        return f"'{quoted}'"
+        return _quoted(value)
     return as_typed(value)
 
 
@@ -99,7 +94,7 @@ def given_twice(arguments: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(name for name in names if names.count(name) > 1))
 
 
-def quoted_path(argument: str) -> str:
+def _quoted_path(argument: str) -> str:
     """`checkpoint=a (1),b=2.pt` quoted as Hydra wants it, so that a path can be typed or completed as it is."""
     name, _, value = argument.partition("=")
     if name not in PATHS or value[:1] in ("", "[", "'", '"') or re.fullmatch(r"[\w./-]*", value):
@@ -118,11 +113,7 @@ def _quoted(text: str) -> str:
 
 
 def _is_file(entry: str, argument: str, known: Callable[[], Iterable[str]]) -> bool:
-    """Whether an argument is a path to evaluate or to predict, and no setting.
-
-    Raises:
-        RequestError: it can only be one, but there is none.
-    """
+    """Whether an argument is a path to evaluate or to predict, and no setting."""
     if entry not in ("evaluate", "predict") or argument.startswith("~") or not argument:
         return False
     if os.path.exists(argument):
@@ -143,10 +134,9 @@ def _named(entry: str, files: Sequence[str]) -> list[str]:
     if len(weights) > 1:
         raise RequestError(f"one checkpoint is taken at a time, there are {len(weights)}: -m checkpoint=A.pt,B.pt")
     named = [f"checkpoint={_quoted(_in_run(file))}" for file in weights]
-    if len(images) == 1:
-        named.append(f"images={_quoted(images[0])}")
-    elif images:
-        named.append(f"images=[{','.join(map(_quoted, images))}]")
+    if images:
+        listed = ",".join(map(_quoted, images))
+        named.append(f"images={listed}" if len(images) == 1 else f"images=[{listed}]")
     return named
 
 

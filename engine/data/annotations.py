@@ -14,6 +14,7 @@ from engine.errors import RequestError, one_line, printable
 from engine.files import read_text
 from engine.terminal import watched
 
+Row = tuple[int, str, str]  # line number, path, label
 MOST_TEXT = 1 << 28  # bytes of a CSV file
 FIRST = 1000  # rows of which at least one has to be there before the others are read
 
@@ -35,8 +36,8 @@ def _table(file: str) -> Iterator[tuple[int, list[str]]]:
         raise RequestError(f"{shown(file)}, row {reader.line_num}: {one_line(error)}") from None
 
 
-def read_annotations(file: str, img_dir: str) -> list[tuple[int, str, str]]:
-    """Line number, path and label of every row but a header.
+def read_annotations(file: str, img_dir: str) -> list[Row]:
+    """Every row but a header.
 
     The first row is one if no file has its name, which is not that of an image, and no other row has its label.
 
@@ -45,10 +46,10 @@ def read_annotations(file: str, img_dir: str) -> list[tuple[int, str, str]]:
     """
     if not Path(img_dir).is_dir():
         raise RequestError(f"dataset.img_dir={shown(img_dir)}: no such folder")
-    rows: list[tuple[int, str, str]] = []
+    rows: list[Row] = []
     for number, cells in watched(_table(file), f"reading {shown(file)}", None):
         if len(cells) < 2 or not cells[0] or not cells[1]:
-            raise RequestError(f"{shown(file)}, row {number}: {cut(str(cells))}; expected a file name and a label")
+            raise RequestError(f"{shown(file)}, row {number}: {_cut(str(cells))}; expected a file name and a label")
         rows.append((number, os.path.join(img_dir, cells[0]), cells[1]))
         if len(rows) == FIRST and not any(os.path.isfile(path) for _, path, _ in rows):
             break  # the names or the folder are wrong, and the rest would tell nothing new
@@ -67,86 +68,83 @@ def read_annotations(file: str, img_dir: str) -> list[tuple[int, str, str]]:
     return rows
 
 
-def check_labels(rows: list[tuple[int, str, str]], file: str) -> None:
-    """Refuse a second column that cannot be the labels, as all of it, or nearly nothing, is the same."""
-    labels = {label for _, _, label in rows}
-    if 1 < len(labels) <= max(2, 0.8 * len(rows)):
-        return
-    found = f"has {len(labels):,} values in {len(rows):,} rows"
-    if len(labels) == 1:
-        found = f"is {cut(rows[0][2])!r} in every row"
-    lines = {number for number, _, _ in rows}
-    first, *table = [cells for number, cells in _table(file)]
-    head = None if min(lines) == 1 else first
-    table = table if head else [first, *table]
-    for place in range(2, min(map(len, table))):
-        if 1 < len({cells[place] for cells in table}) <= 0.5 * len(table):
-            name = f" ({cut(head[place])})" if head and place < len(head) else ""
-            raise RequestError(
-                f"{shown(file)}: its second column, the label, {found}; "
-                f"is column {place + 1}{name} the label? then make it the second"
-            )
-    raise RequestError(
-        f"{shown(file)}: its second column, the label, {found}; expected two or more classes of several images"
-    )
+def class_names(rows: list[Row], given: list[str] | None, file: str) -> tuple[list[str], bool]:
+    """The names of the classes, and whether labels are numbers of classes, not names.
 
-
-def count_classes(rows: list[tuple[int, str, str]], file: str) -> int:
-    """How many classes labels that are numbers stand for.
+    They are the `given` ones in the order of their numbers, or else all that labels of the training images name.
 
     Raises:
-        RequestError: a number below 0, or one that would leave most classes empty.
+        RequestError: the second column cannot be the labels; a number is below 0, or would leave most classes empty.
     """
-    occur = {number_of(label) for _, _, label in rows}
+    labels = {label for _, _, label in rows}
+    numbers = all(map(_is_number, labels))
+    if given:
+        names = [str(name) for name in given]
+        return names, numbers and rows[0][2] not in names
+    _check_column(rows, labels, file)
+    if not numbers:
+        return sorted(labels), False
+    occur = {_number(label) for label in labels}
     for row, _, text in rows:
-        label = number_of(text)
-        if label < 0 or label >= 10 * len(occur) + 10:
+        label = _number(text)
+        if not 0 <= label < 10 * len(occur) + 10:
             would = (
                 f"would make {label + 1:,} classes, but only {len(occur)} labels occur" if label > 0 else "is below 0"
             )
             raise RequestError(
-                f"{shown(file)}, row {row}: label {cut(text)} {would}; number the classes from 0, or write names"
+                f"{shown(file)}, row {row}: label {_cut(text)} {would}; number the classes from 0, or write names"
             )
-    return max(occur) + 1
+    return [str(label) for label in range(max(occur) + 1)], True
 
 
-def cut(text: str) -> str:
+def _check_column(rows: list[Row], labels: set[str], file: str) -> None:
+    """Refuse a second column that cannot be the labels, as all of it, or nearly nothing, is the same."""
+    if 1 < len(labels) <= max(2, 0.8 * len(rows)):
+        return
+    found = f"has {len(labels):,} values in {len(rows):,} rows"
+    if len(labels) == 1:
+        found = f"is {_cut(rows[0][2])!r} in every row"
+    way_out = "expected two or more classes of several images"
+    table = [cells for _, cells in _table(file)]
+    head = table.pop(0) if rows[0][0] > 1 else []
+    for place in range(2, min(map(len, table))):
+        if 1 < len({cells[place] for cells in table}) <= 0.5 * len(table):
+            name = f" ({_cut(head[place])})" if place < len(head) else ""
+            way_out = f"is column {place + 1}{name} the label? then make it the second"
+            break
+    raise RequestError(f"{shown(file)}: its second column, the label, {found}; {way_out}")
+
+
+def _cut(text: str) -> str:
     """A cell as messages have it."""
     text = printable(text)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def is_number(text: str) -> bool:
-    """Whether a label is an integer."""
+def _is_number(text: str) -> bool:
     return text.removeprefix("-").isdecimal()
 
 
-def number_of(text: str) -> int:
+def _number(text: str) -> int:
     """The integer; of one that is too large in any case another such."""
     return int(text[:18])
 
 
-def labels_of(rows: list[tuple[int, str, str]], names: list[str], numbers: bool, file: str) -> list[int]:
-    """The class indices of all rows.
-
-    Args:
-        rows: as `read_annotations` has them.
-        names: of the classes.
-        numbers: whether labels are numbers of classes, or their names.
-        file: where the rows are from.
+def labels_of(rows: list[Row], names: list[str], numbers: bool, file: str) -> list[int]:
+    """The class indices of all rows, which are from `file`; `names` and `numbers` as `class_names` has them.
 
     Raises:
         RequestError: a label that means no class.
     """
     place = {name: label for label, name in enumerate(names)}
     labels = []
-    for number, _, text in rows:
-        label = (number_of(text) if is_number(text) else -1) if numbers else place.get(text, -1)
+    for row, _, text in rows:
+        label = (_number(text) if _is_number(text) else -1) if numbers else place.get(text, -1)
         if not 0 <= label < len(names):
-            expected = f"0 to {len(names) - 1}" if numbers else f"one of {some([cut(name) for name in names])}"
+            expected = f"0 to {len(names) - 1}" if numbers else f"one of {some([_cut(name) for name in names])}"
             raise RequestError(
-                f"{shown(file)}, row {number}: label {cut(text)!r}; expected {expected}, as there are "
-                f"{len(names)} classes"
+                f"{shown(file)}, row {row}: label {_cut(text)!r}; "
+                f"expected {expected}, as there are {len(names)} classes"
             )
         labels.append(label)
     return labels

@@ -1,14 +1,12 @@
 """Transforms of whole batches on the device, every sample with its own random draw.
 
-Names and arguments are those of `torchvision.transforms.v2`, which gives a whole batch the same draw; these do not.
-What a sample draws is a pure function of (seed, epoch, sample index, place of the transform in the list), whatever
-batch, process or device it is in.
+Names and arguments are those of `torchvision.transforms.v2`, which gives a whole batch the same draw; these do not. An
+argument that only torchvision's own version has raises NotImplementedError. What a sample draws is a pure function of
+(seed, epoch, sample index, place of the transform in the list), whatever batch, process or device it is in.
 
 Images come as uint8 0 to 255 or as floats, 0 to 1 before `Normalize`. A transform that needs floats gets floats. `fill`
-always counts from 0 to 255.
-
-A transform of torchvision that is not here (or not with these arguments) runs on one image at a time, with torch's
-generator seeded from the same draws: `PerImage`.
+always counts from 0 to 255, and is one number or one a channel. A range is (least, most); one number stands for one
+around nothing changed.
 """
 
 from __future__ import annotations
@@ -24,8 +22,8 @@ from torch import Tensor
 
 from engine.data.draws import Draws, send
 
-# What a list of transforms may ask for at most; it may come from a stranger's file.
-MOST_PIXELS = 64_000_000  # of an image that a transform makes; 8000x8000
+MOST_PIXELS = 64_000_000  # of an image that a transform makes, which a stranger's file may ask for; 8000x8000
+Numbers = float | Sequence[float]
 
 
 @lru_cache(maxsize=256)
@@ -39,24 +37,60 @@ def to_float(images: Tensor) -> Tensor:
     return images if images.is_floating_point() else images.float().div_(255)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Batch transforms
+def check_size(height: int, width: int) -> None:
+    """Refuse to make an image that would fill the memory, whatever its transforms say."""
+    if height * width > MOST_PIXELS:
+        raise ValueError(f"it would make an image of {height}x{width} pixels; at most {MOST_PIXELS:,} are made")
 
 
-class Normalize:
-    """(image - mean) / std for each channel; mean and std count from 0 to 1."""
+def _probability(p: float) -> float:
+    if not 0 <= p <= 1:
+        raise ValueError(f"p={p}: expected a probability, 0 to 1")
+    return p
+
+
+def _range(given: Any, around: float = 0) -> tuple[float, float]:
+    """(least, most) of a pair; one number x is (around - x, around + x)."""
+    least, most = (around - given, around + given) if isinstance(given, (int, float)) else given
+    if least > most:
+        raise ValueError(f"{given}: expected (least, most), or a number of at least 0")
+    return least, most
+
+
+def _one_or_each(value: Any) -> tuple[float, ...]:
+    """One number, or one a channel."""
+    return tuple(float(one) for one in ([value] if isinstance(value, (int, float)) else value))
+
+
+def _choice(argument: str, given: str, *known: str) -> str:
+    if given not in known:
+        raise ValueError(f"{argument}={given}: expected {', '.join(known[:-1])} or {known[-1]}")
+    return given
+
+
+class Transform:
+    """Of images `[batch, channels, height, width]`.
+
+    Attributes:
+        needs_float: it has to be given floats.
+        random: it has to be given draws.
+    """
 
     needs_float = False
     random = False
 
+
+class Normalize(Transform):
+    """(image - mean) / std for each channel; mean and std count from 0 to 1."""
+
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         if len(mean) != len(std) or not all(s > 0 for s in std):
             raise ValueError(f"mean {mean} and std {std}: expected as many, and std above 0")
-        self.mean, self.std = (torch.tensor(values, dtype=torch.float32).view(1, -1, 1, 1) for values in (mean, std))
-        self._mean, self._std = tuple(mean), tuple(std)
+        self._values = tuple(mean), tuple(std)
+        self.mean, self.std = (_constant(values, torch.device("cpu")) for values in self._values)
 
     def __call__(self, images: Tensor, draws: Draws | None = None) -> Tensor:
-        mean, std = _constant(self._mean, images.device), _constant(self._std, images.device)
+        mean, std = (_constant(values, images.device) for values in self._values)
         if mean.shape[1] not in (1, images.shape[1]):
             raise ValueError(f"mean has {mean.shape[1]} values, but images have {images.shape[1]} channels")
         if images.is_floating_point():
@@ -64,10 +98,9 @@ class Normalize:
         return torch.sub(images, mean * 255).div_(std * 255)  # one pass less over the batch
 
 
-class RandomHorizontalFlip:
+class RandomHorizontalFlip(Transform):
     """Mirror left to right with probability `p`."""
 
-    needs_float = False
     random = True
     axis = 3
 
@@ -85,17 +118,12 @@ class RandomVerticalFlip(RandomHorizontalFlip):
     axis = 2
 
 
-class RandomCrop:
-    """A window of `size` at a random place of the image, padded first.
+class RandomCrop(Transform):
+    """A window of `size` at a random place of the image, padded first on all sides.
 
-    Args:
-        size: height and width of the window in pixels; one number is a square.
-        padding: pixels added on each side: all, (left-right, top-bottom) or (left, top, right, bottom).
-        fill: their value, 0 to 255; one number, or one a channel.
-        padding_mode: constant, edge, reflect or symmetric.
+    The padding is for all, (left-right, top-bottom) or (left, top, right, bottom).
     """
 
-    needs_float = False
     random = True
 
     def __init__(
@@ -103,7 +131,7 @@ class RandomCrop:
         size: int | Sequence[int],
         padding: int | Sequence[int] | None = None,
         pad_if_needed: bool = False,
-        fill: float | Sequence[float] = 0,
+        fill: Numbers = 0,
         padding_mode: str = "constant",
     ) -> None:
         if pad_if_needed:
@@ -113,8 +141,8 @@ class RandomCrop:
             raise ValueError(f"size={size}: expected height and width in pixels")
         sides = [padding or 0] if isinstance(padding, int) or padding is None else list(padding)
         self.left, self.top, self.right, self.bottom = {1: sides * 4, 2: sides * 2, 4: sides}[len(sides)]
-        self.fill = _fill(fill)
-        self.source = {"constant": None, "edge": _edge, "reflect": _reflect, "symmetric": _symmetric}[padding_mode]
+        self.fill = _one_or_each(fill)
+        self.padding_mode = _choice("padding_mode", padding_mode, "constant", "edge", "reflect", "symmetric")
 
     def __call__(self, images: Tensor, draws: Draws) -> Tensor:
         images = self._pad(images)
@@ -123,9 +151,8 @@ class RandomCrop:
         if down < 1 or across < 1:
             raise ValueError(f"size {self.height}x{self.width} is larger than the padded image, {height}x{width}")
         place = draws.uniform(2, images.device)
-        rows = (place[:, :1] * down).long() + torch.arange(
-            self.height, device=images.device
-        )  # [batch, window's height]
+        # `[batch, height of the window]`, and likewise its width
+        rows = (place[:, :1] * down).long() + torch.arange(self.height, device=images.device)
         columns = (place[:, 1:] * across).long() + torch.arange(self.width, device=images.device)
         pixel = ((rows * width)[:, :, None] + columns[:, None, :]).view(batch, 1, -1)
         windows = images.flatten(2).gather(2, pixel.expand(-1, channels, -1))
@@ -135,11 +162,12 @@ class RandomCrop:
         if not (self.left or self.top or self.right or self.bottom):
             return images
         height, width = images.shape[2:]
-        _check_size(self.top + height + self.bottom, self.left + width + self.right)
-        if self.source is not None:
-            rows = self.source(torch.arange(-self.top, height + self.bottom, device=images.device), height)
-            columns = self.source(torch.arange(-self.left, width + self.right, device=images.device), width)
-            return images.index_select(2, rows).index_select(3, columns)
+        check_size(self.top + height + self.bottom, self.left + width + self.right)
+        if self.padding_mode != "constant":
+            rows = torch.arange(-self.top, height + self.bottom, device=images.device)
+            columns = torch.arange(-self.left, width + self.right, device=images.device)
+            images = images.index_select(2, _inside(rows, height, self.padding_mode))
+            return images.index_select(3, _inside(columns, width, self.padding_mode))
         if len(self.fill) == 1:
             number = torch.tensor(self.fill[0], dtype=torch.float32)  # on the CPU: to read it waits for nothing
             value = float(number if images.dtype == torch.uint8 else number / 255)
@@ -152,49 +180,34 @@ class RandomCrop:
         return padded
 
 
-def _edge(place: Tensor, size: int) -> Tensor:
-    """Which pixel stands at a place before 0 or from `size` on: the nearest."""
+def _inside(place: Tensor, size: int, padding_mode: str) -> Tensor:
+    """Which pixel stands at a place before 0 or from `size` on: the outermost one, or one in a mirror at the edge."""
+    if padding_mode != "edge":
+        behind = int(padding_mode == "symmetric")  # the mirror lies behind the outermost pixel, else on it
+        place = torch.where(place < 0, -behind - place, place)
+        place = torch.where(place < size, place, 2 * (size - 1) + behind - place)
     return place.clamp(0, size - 1)
 
 
-def _reflect(place: Tensor, size: int) -> Tensor:
-    """As in a mirror that lies on the outermost pixel."""
-    place = place.abs()
-    return torch.where(place < size, place, 2 * (size - 1) - place).clamp(0, size - 1)
-
-
-def _symmetric(place: Tensor, size: int) -> Tensor:
-    """As in a mirror that lies behind the outermost pixel."""
-    place = torch.where(place < 0, -1 - place, place)
-    return torch.where(place < size, place, 2 * size - 1 - place).clamp(0, size - 1)
-
-
-class RandomRotation:
-    """Turn by a random angle about the middle; the size stays.
-
-    Args:
-        degrees: (least, most), counter-clockwise; one number n is (-n, n).
-        interpolation: nearest or bilinear.
-        fill: value of what comes in from outside, 0 to 255; one number, or one a channel.
-    """
+class RandomRotation(Transform):
+    """Turn by a random angle, counter-clockwise about the middle; the size stays."""
 
     needs_float = True
     random = True
 
     def __init__(
         self,
-        degrees: float | Sequence[float],
+        degrees: Numbers,
         interpolation: str = "nearest",
         expand: bool = False,
         center: Sequence[float] | None = None,
-        fill: float | Sequence[float] = 0,
+        fill: Numbers = 0,
     ) -> None:
         if expand or center is not None:
             raise NotImplementedError
-        self.low, self.high = _range(degrees, -degrees if isinstance(degrees, (int, float)) else 0)
-        if interpolation not in ("nearest", "bilinear"):
-            raise ValueError(f"interpolation={interpolation}: expected nearest or bilinear")
-        self.interpolation, self.fill = interpolation, _fill(fill)
+        self.low, self.high = _range(degrees)
+        self.interpolation = _choice("interpolation", interpolation, "nearest", "bilinear")
+        self.fill = _one_or_each(fill)
 
     def __call__(self, images: Tensor, draws: Draws) -> Tensor:
         angles = self.low + (self.high - self.low) * draws.uniform(1)[:, 0]
@@ -232,13 +245,12 @@ def rotate(images: Tensor, degrees: Tensor, interpolation: str, fill: Tensor) ->
     return (turned - fill) * inside + fill  # torchvision's formula, which lets the edge fade
 
 
-class RandomErasing:
+class RandomErasing(Transform):
     """Overwrite a random rectangle with probability `p` (Zhong et al., arXiv:1708.04896).
 
     Args:
-        p: probability.
-        scale: least and most share of the area.
-        ratio: least and most height by width, drawn on a logarithmic scale.
+        scale: range of its share of the area.
+        ratio: range of its height by width, drawn on a logarithmic scale.
         value: what is put there, in the units that images have at this place of the list; one number, one a channel, or
             random for normal noise in every pixel.
     """
@@ -252,7 +264,7 @@ class RandomErasing:
         p: float = 0.5,
         scale: Sequence[float] = (0.02, 0.33),
         ratio: Sequence[float] = (0.3, 3.3),
-        value: float | str | Sequence[float] = 0.0,
+        value: Numbers | str = 0.0,
         inplace: bool = False,
     ) -> None:
         self.p = _probability(p)
@@ -262,7 +274,7 @@ class RandomErasing:
         self.narrow, self.wide = math.log(narrow), math.log(wide)
         if isinstance(value, str) and value != "random":
             raise ValueError(f"value={value}: expected a number, a list or random")
-        self.value = None if isinstance(value, str) else _fill(value)
+        self.value = None if isinstance(value, str) else _one_or_each(value)
 
     def __call__(self, images: Tensor, draws: Draws) -> Tensor:
         channels, height, width = images.shape[1:]
@@ -292,37 +304,32 @@ def _normal(draws: Draws, count: int) -> Tensor:
     return radius * (2 * math.pi * draws.uniform(count)).cos()
 
 
-class ColorJitter:
-    """Change brightness, contrast, saturation and hue, in an order drawn for every sample; images are 0 to 1.
+class ColorJitter(Transform):
+    """Change brightness, contrast and saturation by factors, hue by a part of the colour circle, -0.5 to 0.5.
 
-    Args:
-        brightness, contrast, saturation: factors (least, most); one number x is (max(0, 1 - x), 1 + x).
-        hue: part of the colour circle (least, most), within -0.5 to 0.5; one number x is (-x, x).
+    The order is drawn for every sample; images are 0 to 1.
     """
 
     needs_float = True
     random = True
+    changes = ("brightness", "contrast", "saturation", "hue")
     orders = torch.tensor(list(permutations(range(4))))
 
     def __init__(
-        self,
-        brightness: float | Sequence[float] = 0,
-        contrast: float | Sequence[float] = 0,
-        saturation: float | Sequence[float] = 0,
-        hue: float | Sequence[float] = 0,
+        self, brightness: Numbers = 0, contrast: Numbers = 0, saturation: Numbers = 0, hue: Numbers = 0
     ) -> None:
         self.ranges = []
         for given in (brightness, contrast, saturation):
-            low, high = (max(0.0, 1 - given), 1 + given) if isinstance(given, (int, float)) else _range(given)
-            if low < 0 or (isinstance(given, (int, float)) and given < 0):
+            least, most = _range(given, around=1)
+            least = max(0.0, least) if isinstance(given, (int, float)) else least
+            if least < 0:
                 raise ValueError(f"{given}: expected factors of at least 0")
-            self.ranges.append((low, high))
-        self.ranges.append(_range(hue, -hue if isinstance(hue, (int, float)) else 0))
+            self.ranges.append((least, most))
+        self.ranges.append(_range(hue))
         if not -0.5 <= self.ranges[3][0] <= self.ranges[3][1] <= 0.5:
             raise ValueError(f"hue={hue}: expected -0.5 to 0.5")
-        self.unchanged = [
-            low == high == neutral for (low, high), neutral in zip(self.ranges, (1, 1, 1, 0), strict=True)
-        ]
+        neutral = [(1, 1)] * 3 + [(0, 0)]
+        self.unchanged = [given == none for given, none in zip(self.ranges, neutral, strict=True)]
 
     def __call__(self, images: Tensor, draws: Draws) -> Tensor:
         if images.shape[1] not in (1, 3):
@@ -333,39 +340,32 @@ class ColorJitter:
         order = self.orders[(drawn[:, 4] * len(self.orders)).long()]  # [batch, 4], which change comes when
         images = images.clone()
         for turn in range(4):
-            for number, change in enumerate((_brightness, _contrast, _saturation, _hue)):
+            for number, change in enumerate(self.changes):
                 if self.unchanged[number] or (images.shape[1] == 1 and number >= 2):
                     continue
                 members = (order[:, turn] == number).nonzero()[:, 0]
                 if len(members):
                     factor = send(factors[members, number], images.device).view(-1, 1, 1, 1)
                     members = send(members, images.device)
-                    images[members] = change(images[members], factor)
+                    images[members] = _adjusted(images[members], change, factor)
         return images
 
 
-def _grey(images: Tensor) -> Tensor:
-    """Luma of ITU-R BT.601, `[batch, 1, height, width]`."""
-    if images.shape[1] == 1:
-        return images
-    return (images * _constant((0.2989, 0.587, 0.114), images.device)).sum(1, keepdim=True)
-
-
-def _brightness(images: Tensor, factor: Tensor) -> Tensor:
-    return (images * factor).clamp_(0, 1)
-
-
-def _contrast(images: Tensor, factor: Tensor) -> Tensor:
-    mean = _grey(images).mean((1, 2, 3), keepdim=True)
-    return (mean + (images - mean) * factor).clamp_(0, 1)
-
-
-def _saturation(images: Tensor, factor: Tensor) -> Tensor:
-    grey = _grey(images)
+def _adjusted(images: Tensor, what: str, factor: Tensor) -> Tensor:
+    """Images with their brightness, contrast, saturation or hue changed, each by its factor `[batch, 1, 1, 1]`."""
+    if what == "brightness":
+        return (images * factor).clamp_(0, 1)
+    if what == "hue":
+        return _hue_turned(images, factor)
+    grey = images
+    if images.shape[1] == 3:  # luma of ITU-R BT.601
+        grey = (images * _constant((0.2989, 0.587, 0.114), images.device)).sum(1, keepdim=True)
+    if what == "contrast":
+        grey = grey.mean((1, 2, 3), keepdim=True)
     return (grey + (images - grey) * factor).clamp_(0, 1)
 
 
-def _hue(images: Tensor, shift: Tensor) -> Tensor:
+def _hue_turned(images: Tensor, shift: Tensor) -> Tensor:
     """Turn the colour circle of HSV by `shift` of a whole turn (A. R. Smith, SIGGRAPH 1978)."""
     red, green, blue = images.split(1, 1)
     value, low = images.amax(1, keepdim=True), images.amin(1, keepdim=True)
@@ -381,16 +381,8 @@ def _hue(images: Tensor, shift: Tensor) -> Tensor:
     return (value - chroma * torch.minimum(phase, 4 - phase).clamp(0, 1)).clamp_(0, 1)
 
 
-class Resize:
-    """Scale to `size` with antialiasing, on bytes or floats.
-
-    Args:
-        size: (height, width); one number is the shorter side, the longer follows in proportion.
-        interpolation: bilinear, bicubic or nearest.
-    """
-
-    needs_float = False
-    random = False
+class Resize(Transform):
+    """Scale to (height, width), or so that one number is the shorter side, with antialiasing, on bytes or floats."""
 
     def __init__(
         self,
@@ -404,56 +396,26 @@ class Resize:
         self.size = [size] if isinstance(size, int) else list(size)
         if len(self.size) not in (1, 2) or not all(isinstance(n, int) and n >= 1 for n in self.size):
             raise ValueError(f"size={size}: expected [height, width] in pixels, or the shorter side")
-        if interpolation not in ("bilinear", "bicubic", "nearest"):
-            raise ValueError(f"interpolation={interpolation}: expected bilinear, bicubic or nearest")
-        self.interpolation, self.antialias = interpolation, antialias
-
-    def shape(self, height: int, width: int) -> tuple[int, int]:
-        """(height, width) that an image of this height and width gets."""
-        if len(self.size) == 2:
-            return self.size[0], self.size[1]
-        shorter = min(height, width)
-        return self.size[0] * height // shorter, self.size[0] * width // shorter
+        self.interpolation = _choice("interpolation", interpolation, "bilinear", "bicubic", "nearest")
+        self.antialias = antialias
 
     def __call__(self, images: Tensor, draws: Draws | None = None) -> Tensor:
-        shape = self.shape(*images.shape[2:])
-        if shape == tuple(images.shape[2:]):
+        before = images.shape[2:]
+        shape = self.size if len(self.size) == 2 else [self.size[0] * side // min(before) for side in before]
+        if shape == list(before):
             return images
-        _check_size(*shape)
+        check_size(*shape)
         if self.interpolation == "nearest":
             return torch.nn.functional.interpolate(images, shape, mode="nearest-exact")
         if images.device.type == "mps":  # has no antialiasing
             return self(images.cpu(), draws).to(images.device)
-        bytes_here = images.dtype == torch.uint8 and images.device.type == "cpu"  # the only device that scales bytes
+        can_scale = images.is_floating_point() or images.device.type == "cpu"  # the only device that scales bytes
         scaled = torch.nn.functional.interpolate(
-            images if bytes_here or images.is_floating_point() else images.float(),
-            shape,
-            mode=self.interpolation,
-            antialias=self.antialias,
+            images if can_scale else images.float(), shape, mode=self.interpolation, antialias=self.antialias
         )
-        return scaled if scaled.dtype == images.dtype else scaled.round_().clamp_(0, 255).to(images.dtype)
+        return scaled if can_scale else scaled.round_().clamp_(0, 255).to(images.dtype)
 
 
-def _probability(p: float) -> float:
-    if not 0 <= p <= 1:
-        raise ValueError(f"p={p}: expected a probability, 0 to 1")
-    return p
-
-
-def _range(given: Any, low: float = 0) -> tuple[float, float]:
-    """(least, most) of a pair, or (`low`, the number) of one number."""
-    least, most = (low, given) if isinstance(given, (int, float)) else given
-    if least > most:
-        raise ValueError(f"{given}: expected (least, most)")
-    return least, most
-
-
-def _fill(value: Any) -> tuple[float, ...]:
-    """One number, or one a channel."""
-    return tuple(float(one) for one in ([value] if isinstance(value, (int, float)) else value))
-
-
-def _check_size(height: int, width: int) -> None:
-    """Refuse to make an image that would fill the memory, whatever its transforms say."""
-    if height * width > MOST_PIXELS:
-        raise ValueError(f"it would make an image of {height}x{width} pixels; at most {MOST_PIXELS:,} are made")
+_PLAIN = (Normalize, Resize)
+_RANDOM = (RandomHorizontalFlip, RandomVerticalFlip, RandomRotation, RandomCrop, RandomErasing, ColorJitter)
+BATCH_TRANSFORMS: dict[str, Any] = {cls.__name__: cls for cls in (*_PLAIN, *_RANDOM)}

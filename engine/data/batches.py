@@ -10,7 +10,7 @@ transform has to see one at a time, are read in worker processes; an iterable-st
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
@@ -44,9 +44,13 @@ class Batches:
     Args:
         split: the samples.
         transforms: the YAML's list for this phase.
-        config: the run's; batch_size, seed, num_workers and limit_batches are used.
         device: where the batches come out.
-        training: shuffle and drop the last batch as the configuration says.
+        batch_size: samples in each but the last.
+        seed: of order and augmentation.
+        num_workers: processes that read samples which are not in memory; None: as many as there are cores.
+        limit_batches: of an epoch at most; None takes all.
+        training: the samples are for training; only then come they in another order each epoch (`shuffle`), and may a
+            shorter last batch be left out (`drop_last`).
 
     Batches are floats `[batch, channels, height, width]`, 0 to 1 before `Normalize`, and labels int64 `[batch]`, or
     float `[batch, num_classes]` where the data set or `target_transform` gives probabilities.
@@ -59,16 +63,19 @@ class Batches:
         self,
         split: Split,
         transforms: Sequence[Any],
-        config: dict[str, Any],
         device: torch.device,
+        *,
+        batch_size: int,
+        seed: int = 0,
+        num_workers: int | None = 0,
+        limit_batches: int | None = None,
         training: bool = False,
+        shuffle: bool = True,
+        drop_last: bool = False,
     ) -> None:
         self.split, self.device, self.training = split, device, training
-        self.batch_size: int = config["batch_size"]
-        self.seed: int = config["seed"]
-        self.shuffle = training and config["shuffle"]
-        self.drop_last = training and config["drop_last"]
-        self.limit: int | None = config["limit_batches"]
+        self.batch_size, self.seed, self.limit = batch_size, seed, limit_batches
+        self.shuffle, self.drop_last = training and shuffle, training and drop_last
         option = f"dataset.{'train' if training else 'eval'}_transforms"
         parsed = parse_transforms(transforms, option)
         self.size = self._count_samples()
@@ -102,7 +109,7 @@ class Batches:
             if size % 64 == 0:  # so every batch lies as it would alone: arithmetic may depend on where memory begins
                 self.together *= max(1, GATHER // size)
         else:
-            count = cores() if config["num_workers"] is None else config["num_workers"]
+            count = cores() if num_workers is None else num_workers
             # More workers than batches would have nothing to do.
             self.workers = Workers(reader, min(count, len(self)), min(self.batch_size, self.size))
             if isinstance(split.part, ImageFiles) and alone == 0:
@@ -179,7 +186,6 @@ class Batches:
             raise RunError(f"{said} ({what} for {self.device}: {one_line(error, 160)})") from error
 
     def _epoch(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
-        target_transform = self.split.target_transform if self.training else None
         first = start * self.batch_size
         order = None if self._stream is not None else self.order(epoch)[first : len(self) * self.batch_size]
         if order is None:
@@ -204,7 +210,7 @@ class Batches:
                 images = apply(self.later, images, None)
             images = to_float(images)
             for x, y in zip(images.split(self.batch_size), labels.split(self.batch_size), strict=True):
-                yield x, y if target_transform is None else self._targets(target_transform, y)
+                yield x, self.targets(y) if self.training else y
 
     __iter__ = epoch
 
@@ -246,7 +252,11 @@ class Batches:
             yield self.reader.prepare(epoch, index, found)
             number += 1
 
-    def _targets(self, transform: Callable[[Tensor, int], Tensor], labels: Tensor) -> Tensor:
+    def targets(self, labels: Tensor) -> Tensor:
+        """Labels as the loss gets them in training: what `target_transform` makes of them."""
+        transform = self.split.target_transform
+        if transform is None:
+            return labels
         with users_code(f"dataset.target_transform of labels {list(labels.shape)}"):
             made = transform(labels, self.split.num_classes)
         if not isinstance(made, Tensor):

@@ -9,6 +9,7 @@ What stands in a JSON file is data that anybody may have put there: one that is 
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import glob
 import hashlib
@@ -27,7 +28,8 @@ import torch
 from torch import Tensor
 
 from engine import files as safe
-from engine.data.augment import Resize, to_float
+from engine.data.augment import Resize
+from engine.data.images import ImageFiles, shown
 from engine.data.reader import Reader, cannot_be_read
 from engine.data.workers import Workers, cores
 from engine.errors import RequestError, RunError, one_line, printable
@@ -39,30 +41,29 @@ FORMAT = 1
 BATCH = 64  # images a worker decodes before it sends them
 
 
-def cached_images(files: Any, resize: Resize | None, folder: Path, skip_unreadable: bool) -> Cache:
-    """The images of `datasets.ImageFiles` from their cache, which is made or made again where it does not fit them.
-
-    Args:
-        files: the sources.
-        resize: done before they are kept; None keeps them as they are.
-        folder: where caches lie.
-        skip_unreadable: keep black images in place of those that cannot be read.
+def cached_images(files: ImageFiles, resize: Resize | None, folder: Path, skip_unreadable: bool) -> Cache:
+    """The images of files, after `resize` if any, from their cache in `folder`, which is made anew if it does not fit.
 
     Returns:
-        uint8 `[n, channels, height, width]`, mapped into memory; and row to error, of those that could not be read.
+        uint8 `[n, channels, height, width]`, mapped into memory; and row to error of those that could not be
+        read, which are black: that is an error without `skip_unreadable`.
 
     Raises:
         RequestError: an image cannot be read, or they differ in size.
         RunError: the cache cannot be written.
     """
+    try:
+        sources = [_source(path) for path in files.paths.tolist()]
+    except OSError as error:
+        raise RequestError(f"{shown(error.filename)}: cannot be read ({one_line(error, 120)})") from error
     described = {
         "format": FORMAT,
         "resize": None if resize is None else {"size": resize.size, "interpolation": resize.interpolation},
         "antialias": resize is None or resize.antialias,
         "channels": files.channels,
-        "sources": [_source(str(path)) for path in files.paths],
+        "sources": sources,
     }
-    parent = os.path.commonpath([os.path.dirname(os.path.abspath(str(path))) for path in files.paths])
+    parent = os.path.commonpath([os.path.dirname(path) for path, _, _ in sources])
     key = [parent, described["resize"], described["antialias"], files.channels, files.name]
     name = f"{Path(parent).name[:40]}-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]}"
     sidecar = folder / f"{name}.json"
@@ -85,6 +86,12 @@ def cached_images(files: Any, resize: Resize | None, folder: Path, skip_unreadab
     if found is None:
         raise RunError(f"{sidecar}: {reason} just after it was written; is another program writing there?")
     return found
+
+
+def _source(path: str) -> list[Any]:
+    """Name, size in bytes and time of modification in nanoseconds."""
+    status = os.stat(path)
+    return [os.path.abspath(path), status.st_size, status.st_mtime_ns]
 
 
 @contextmanager
@@ -113,15 +120,6 @@ def _locked(path: Path) -> Iterator[None]:
             yield
         finally:
             path.unlink(missing_ok=True)
-
-
-def _source(path: str) -> list[Any]:
-    """Name, size in bytes and time of modification in nanoseconds of a source."""
-    try:
-        status = os.stat(path)
-    except OSError as error:
-        raise RequestError(f"{path}: cannot be read ({one_line(error, 120)})") from error
-    return [os.path.abspath(path), status.st_size, status.st_mtime_ns]
 
 
 def _open(sidecar: Path, described: dict[str, Any], skip_unreadable: bool) -> tuple[Cache | None, str]:
@@ -153,9 +151,8 @@ def _open(sidecar: Path, described: dict[str, Any], skip_unreadable: bool) -> tu
         with safe.open_regular(sidecar.with_name(name)) as file:
             if os.fstat(file.fileno()).st_size != math.prod(shape):
                 return None, f"{printable(name)} has not the size it was written with"
-            pixels = np.memmap(
-                file, dtype=np.uint8, mode="c", shape=tuple(shape)
-            )  # never written; "r" makes torch warn
+            # Never written to; "r" makes torch warn.
+            pixels = np.memmap(file, dtype=np.uint8, mode="c", shape=tuple(shape))
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         return None, f"{printable(sidecar.name)} is damaged ({type(error).__name__}: {one_line(error, 80)})"
     return (torch.from_numpy(pixels), unreadable), ""
@@ -170,7 +167,9 @@ def _difference(kept: list[Any], now: list[Any]) -> str:
     return f"{len(changed):,} files differ, the first is {first}" if len(changed) > 1 else f"{first} differs"
 
 
-def _write(files: Any, resize: Resize | None, sidecar: Path, described: dict[str, Any], skip_unreadable: bool) -> None:
+def _write(
+    files: ImageFiles, resize: Resize | None, sidecar: Path, described: dict[str, Any], skip_unreadable: bool
+) -> None:
     """Decode everything in worker processes and write it, then the JSON, then remove what it replaces."""
     descriptor, name = tempfile.mkstemp(".uint8", f"{sidecar.stem}-", sidecar.parent)
     data = Path(name)
@@ -191,7 +190,7 @@ def _write(files: Any, resize: Resize | None, sidecar: Path, described: dict[str
 
 
 def _decode(
-    files: Any, resize: Resize | None, file: Any, folder: Path, skip_unreadable: bool
+    files: ImageFiles, resize: Resize | None, file: Any, folder: Path, skip_unreadable: bool
 ) -> tuple[list[int], dict[int, str]]:
     """Write all images, each to its place; returns the shape of them all, and row to error of the unreadable ones."""
     batches = torch.arange(len(files)).split(BATCH)
@@ -206,7 +205,9 @@ def _decode(
                 continue  # only to count the others
             if not shape:
                 shape = [len(files), *images.shape[1:]]
-                _check_room(folder, math.prod(shape))
+                size, free = math.prod(shape), shutil.disk_usage(folder).free
+                if size > free:
+                    raise OSError(errno.ENOSPC, f"it needs {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free")
             if list(images.shape[1:]) != shape[1:]:
                 raise RequestError(
                     f"images of different sizes: {files.paths[int(rows[0])]} is {list(images.shape[1:])}, not "
@@ -224,36 +225,18 @@ def _decode(
     return shape, unreadable
 
 
-def _check_room(folder: Path, size: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if size > free:
-        raise RunError(
-            f"the image cache needs {size / 1e9:.1f} GB and {folder} has {free / 1e9:.1f} GB free; "
-            "make room, set dataset.cache_dir, or dataset.cache=false"
-        )
-
-
 class _CacheReader(Reader):
     """Batches of images as bytes, their rows, and {row: message} of those that cannot be read."""
 
-    def __init__(self, files: Any, resize: Resize | None) -> None:
-        super().__init__(files, [] if resize is None else [resize], 0, 0, False)
+    def __init__(self, files: ImageFiles, resize: Resize | None) -> None:
+        super().__init__(files, [] if resize is None else [resize], 0, 0, skip_unreadable=True)
 
     def read(self, epoch: int, indices: Tensor, into: Tensor | None = None) -> Any:
         failures: dict[int, str] = {}
         try:
-            images, _ = self._batch(self._readable(indices, failures), indices, into)
-        except RunError:
+            images, _ = self._batch(self._samples(epoch, indices, failures), indices, into)
+        except RunError as error:
             if len(failures) < len(indices):
-                raise
+                raise RequestError(str(error)) from error
             images = torch.zeros(0)
-        return images, indices, failures
-
-    def _readable(self, indices: Tensor, failures: dict[int, str]) -> Iterator[tuple[int, Tensor, int]]:
-        for place, row in enumerate(indices.tolist()):
-            try:
-                image = self._transform(self.part.read(row, self.size), None, 0)
-            except RunError as error:
-                failures[row] = str(error)
-                continue
-            yield place, image if image.dtype == torch.uint8 else to_float(image).mul(255).round().to(torch.uint8), row
+        return images, indices, {int(indices[place]): message for place, message in failures.items()}

@@ -15,12 +15,6 @@ import torch
 from torch import Tensor
 
 _GOLDEN = -0x61C8864680B583EB  # 2^64 / golden ratio, as a signed 64-bit integer
-_MASK = (1 << 64) - 1
-
-
-def _signed(value: int) -> int:
-    value &= _MASK
-    return value - (1 << 64) if value >> 63 else value
 
 
 def _mix(bits: Any) -> Any:
@@ -32,7 +26,8 @@ def _mix(bits: Any) -> Any:
 
 def sample_seed(seed: int, epoch: int, index: int | Tensor = 0) -> Tensor:
     """64 random bits (int64, the shape of `index`) for each sample of an epoch."""
-    key = _mix(torch.tensor(_signed(seed * _GOLDEN + 1))) + epoch
+    start = (seed * _GOLDEN + 1 + (1 << 63)) % (1 << 64) - (1 << 63)  # a seed of any size, wrapped as int64 does
+    key = _mix(torch.tensor(start)) + epoch
     return _mix(_mix(key * _GOLDEN) + (torch.as_tensor(index) + 1) * _GOLDEN)
 
 
@@ -53,7 +48,7 @@ class Draws:
         self.bits = sample_seed(seed, epoch, index)
         self.begin, self.end = 0, len(index)
         self.drawn = 0
-        self.known: dict[tuple[int, int, str], Tensor] = {}
+        self.known: dict[tuple[int, int, str | None], Tensor] = {}
 
     def window(self, begin: int, count: int) -> Draws:
         """Itself, for the batch of the samples from `begin` on."""
@@ -67,33 +62,32 @@ class Draws:
 
     def integers(self, count: int) -> Tensor:
         """64 random bits, int64 `[batch, count]`, on the CPU."""
-        bits = self._integers(self.bits[self.begin : self.end], count)
-        self.drawn += count
-        return bits
+        return self._next(self.bits[self.begin : self.end], count)
 
-    def _integers(self, bits: Tensor, count: int) -> Tensor:
+    def _next(self, bits: Tensor, count: int) -> Tensor:
         slot = torch.arange(self.drawn + 1, self.drawn + count + 1, dtype=torch.int64)
+        self.drawn += count
         return _mix(bits[:, None] + slot * _GOLDEN)
 
     def uniform(self, count: int, device: torch.device | None = None) -> Tensor:
         """Uniform numbers in [0, 1), float32 `[batch, count]`, on the CPU or `device`; nothing waits for the device."""
-        ahead = count <= self.most
-        key = (self.drawn, count, device.type if device else "cpu")
-        numbers = self.known.get(key) if ahead else None
-        if numbers is None:
-            bits = self._integers(self.bits if ahead else self.bits[self.begin : self.end], count)
-            numbers = ((bits >> 40) & 0xFFFFFF).float() * 2.0**-24
-            if device is not None:
-                numbers = send(numbers, device)
-            if ahead:
-                self.known[key] = numbers
-        self.drawn += count
-        return numbers[self.begin : self.end] if ahead else numbers
+        if count > self.most:
+            return send(_to_uniform(self.integers(count)), device)
+        key = (self.drawn, count, device.type if device else None)
+        if key in self.known:
+            self.drawn += count
+        else:
+            self.known[key] = send(_to_uniform(self._next(self.bits, count)), device)
+        return self.known[key][self.begin : self.end]
 
 
-def send(numbers: Tensor, device: torch.device) -> Tensor:
+def _to_uniform(bits: Tensor) -> Tensor:
+    return ((bits >> 40) & 0xFFFFFF).float() * 2.0**-24
+
+
+def send(numbers: Tensor, device: torch.device | None) -> Tensor:
     """On the device, without waiting for it."""
-    if device.type == "cpu":
+    if device is None or device.type == "cpu":
         return numbers
     return numbers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else numbers.to(device)
 

@@ -18,12 +18,52 @@ PARTS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("t
 LEFTOVERS = ("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__macosx", "@eadir", "$recycle.bin", "lost+found")
 
 
-def part_folders(top: Path) -> dict[str, Path]:
-    """The folders that hold the class folders of train, test and val; of train alone, itself, where there is no train/.
+Listed = tuple[list[str], list[int]]  # paths and labels, sorted by name
+
+
+def list_images(top: Path) -> tuple[list[str], dict[str, Listed], set[str]]:
+    """The image files of a data set, one folder a class: below `top`, or below its train/, test/ and val/.
+
+    Returns:
+        the class names; of train, and of test and val where they are there, the files; paths that lead to no regular
+        file.
 
     Raises:
-        RequestError: two folders for one part, or names such as Training/ that would be taken for classes.
+        RequestError: the folders are not as they should be, with a guess at what was meant; a class without an image.
     """
+    parts = _part_folders(top)
+    walk, classes, listed = _Walk(parts), list[str](), {}
+    for part, folder in parts.items():
+        own = _folders(folder)
+        if not own:
+            raise RequestError(f"{shown(folder)}: no folder in it; expected one a class, named after it")
+        if part == "train":
+            classes = own
+            if len(classes) < 2:
+                raise _one_class(folder, classes[0], is_top=folder == top)
+        if unknown := [name for name in own if name not in classes]:
+            raise RequestError(f"{shown(folder / unknown[0])}: a class without a folder in {shown(parts['train'])}")
+        if missing := [printable(name) for name in classes if name not in own]:
+            print(f"no {part} images of {some(missing)}: {shown(folder)} has no such folder", flush=True)
+        listed[part] = walk.images(folder, classes)
+    _tell(
+        walk.not_followed,
+        "1 link to a folder of this data set is not followed: each folder is read once",
+        "links to folders of this data set are not followed: each folder is read once",
+    )
+    left_out = f"left out of {shown(top)}"
+    _tell(walk.others, f"1 file is no image and {left_out}", f"files are no images and {left_out}")
+    return classes, listed, walk.no_files
+
+
+def _tell(paths: list[str], one: str, several: str) -> None:
+    if paths:
+        what, first = (one, "") if len(paths) == 1 else (f"{len(paths):,} {several}", "the first is ")
+        print(f"{what} ({first}{shown(paths[0])})", flush=True)
+
+
+def _part_folders(top: Path) -> dict[str, Path]:
+    """The folders of train, test and val, each with the class folders in it; without a train/, the top is train."""
     names = _folders(top)
     found = {part: [name for name in spellings if name in names] for part, spellings in PARTS.items()}
     if len(found["val"]) > 1:
@@ -63,17 +103,16 @@ def part_folders(top: Path) -> dict[str, Path]:
 def _part_meant(name: str) -> str | None:
     """The part that a folder such as Training, test_set or Val-images stands for."""
     word = re.sub(r"[^a-z]", "", name.lower())
-    word = re.sub(r"(set|data|images|imgs|split)$", "", word)
-    words = {"train": ("train", "training"), "val": PARTS["val"], "test": ("test", "testing")}
-    return next((part for part, meanings in words.items() if word in meanings), None)
+    part = re.fullmatch(r"(?:(train|test)(?:ing)?|(val)(?:id(?:ation)?)?)(?:set|data|images|imgs|split)?", word)
+    return part and (part[1] or part[2])
 
 
-def one_class(folder: Path, name: str, root: str | None) -> RequestError:
-    """What is wrong where there is one class folder only, with a guess at what was meant; `root` where that is it."""
+def _one_class(folder: Path, name: str, is_top: bool) -> RequestError:
+    """What is wrong where there is one class folder only, with a guess at what was meant."""
     inner = _folders(folder / name)
     message = f"{shown(folder)}: one class folder only, {printable(name)}/; a classifier needs at least two"
-    if root is not None and ("train" in inner or len(inner) > 1):
-        message += f"; did you mean dataset.root={shown(Path(root) / name)}?"
+    if is_top and ("train" in inner or len(inner) > 1):
+        message += f"; did you mean dataset.root={shown(folder / name)}?"
     elif len(inner) > 1:
         message += f"; if {', '.join(printable(n) for n in inner[:3])} are the classes, move them one level up"
     return RequestError(message)
@@ -85,14 +124,14 @@ def is_leftover(name: str) -> bool:
 
 
 def _folders(folder: Path) -> list[str]:
-    """Names of the folders in it, sorted, without what file managers leave."""
-    return sorted(entry.name for entry in _entries(folder) if _is(entry.is_dir) and not is_leftover(entry.name))
+    return [entry.name for entry in _entries(folder) if _is(entry.is_dir)]
 
 
 def _entries(folder: str | Path) -> list[os.DirEntry[str]]:
+    """What is in a folder, sorted by name, without what file managers leave."""
     try:
         with os.scandir(folder) as entries:
-            return sorted(entries, key=lambda entry: entry.name)
+            return sorted((e for e in entries if not is_leftover(e.name)), key=lambda entry: entry.name)
     except OSError as error:
         raise RequestError(f"{shown(folder)}: cannot be listed ({error.strerror})") from None
 
@@ -105,60 +144,35 @@ def _is(question: Callable[[], bool]) -> bool:
         return False
 
 
-def class_folders(folder: Path) -> list[str]:
-    names = _folders(folder)
-    if not names:
-        raise RequestError(f"{shown(folder)}: no folder in it; expected one a class, named after it")
-    return names
-
-
-def compare_classes(folder: Path, part: str, classes: list[str], train_folder: Path) -> None:
-    own = class_folders(folder)
-    if unknown := [name for name in own if name not in classes]:
-        raise RequestError(f"{shown(folder / unknown[0])}: a class without a folder in {shown(train_folder)}")
-    if missing := [printable(name) for name in classes if name not in own]:
-        print(f"no {part} images of {some(missing)}: {shown(folder)} has no such folder", flush=True)
-
-
 def some(names: Sequence[str]) -> str:
     return ", ".join(names[:10]) + (f" and {len(names) - 10:,} others" if len(names) > 10 else "")
 
 
-class Walk:
+class _Walk:
     """The image files below the class folders of a data set, each folder read once, whatever links lead to it.
 
     A link is followed to a folder elsewhere. It is not where it leads into a part of the data set, or above one: the
     images there are read as what they are, or belong to another part.
-
-    Args:
-        parts: the folder that holds the class folders, of every part.
-        classes: their names.
     """
 
-    def __init__(self, parts: dict[str, Path], classes: list[str]) -> None:
-        self.parts, self.classes = parts, classes
+    def __init__(self, parts: dict[str, Path]) -> None:
         self.real = [os.path.realpath(folder) for folder in parts.values()]
         self.seen: set[tuple[int, int]] = set()  # folders, by device and number
         self.no_files: set[str] = set()
         self.others: list[str] = []
         self.not_followed: list[str] = []
 
-    def images(self, part: str) -> tuple[list[str], list[int]]:
-        """Paths and labels, those in folders below included, sorted by name.
-
-        Raises:
-            RequestError: a class folder without an image, or one that cannot be listed.
-        """
+    def images(self, top: Path, classes: list[str]) -> Listed:
+        """Those below the class folders in `top`; a RequestError where there is none, or a folder cannot be listed."""
         paths: list[str] = []
         labels: list[int] = []
-        top = self.parts[part]
-        for path, label in watched(self._found(top), f"listing {shown(top)}", None):
+        for path, label in watched(self._found(top, classes), f"listing {shown(top)}", None):
             paths.append(path)
             labels.append(label)
         return paths, labels
 
-    def _found(self, top: Path) -> Iterator[tuple[str, int]]:
-        for label, name in enumerate(self.classes):
+    def _found(self, top: Path, classes: list[str]) -> Iterator[tuple[str, int]]:
+        for label, name in enumerate(classes):
             folder = os.path.join(top, name)
             if not os.path.isdir(folder):
                 continue
@@ -183,17 +197,14 @@ class Walk:
                 continue
             inner = []
             for entry in _entries(directory):
-                if is_leftover(entry.name):
-                    continue
-                path = os.path.join(directory, entry.name)
                 if _is(entry.is_dir):
-                    inner.append(path)
+                    inner.append(entry.path)
                 elif entry.name.lower().endswith(EXTENSIONS):
                     if not _is(entry.is_file):
-                        self.no_files.add(path)
-                    yield path
+                        self.no_files.add(entry.path)
+                    yield entry.path
                 else:
-                    self.others.append(path)
+                    self.others.append(entry.path)
             waiting += reversed(inner)
 
     def _is_new(self, directory: str) -> bool:
@@ -202,27 +213,9 @@ class Walk:
             if any(_is_within(leads_to, part) or _is_within(part, leads_to) for part in self.real):
                 return False
         status = os.stat(directory)
-        key = status.st_dev, status.st_ino
-        new = key not in self.seen
-        self.seen.add(key)
-        return new
-
-    def tell(self, top: Path) -> None:
-        """Print what was left out."""
-        if count := len(self.not_followed):
-            what = "1 link to a folder" if count == 1 else f"{count:,} links to folders"
-            which = "" if count == 1 else "the first is "
-            print(
-                f"{what} of this data set {'is' if count == 1 else 'are'} not followed: each folder is read once "
-                f"({which}{shown(self.not_followed[0])})",
-                flush=True,
-            )
-        if count := len(self.others):
-            what = "1 file is no image" if count == 1 else f"{count:,} files are no images"
-            print(
-                f"{what} and left out of {shown(top)} ({'' if count == 1 else 'the first is '}{shown(self.others[0])})",
-                flush=True,
-            )
+        count = len(self.seen)
+        self.seen.add((status.st_dev, status.st_ino))
+        return len(self.seen) > count
 
 
 def _is_within(path: str, folder: str) -> bool:

@@ -19,6 +19,9 @@ from engine.errors import RequestError, one_line
 from engine.files import open_regular, read_bytes
 
 MOST_BYTES = 1 << 29  # of images in an IDX file; the largest of these data sets has 47 million
+MOST_PICKLED = 1 << 28  # bytes of a pickle; CIFAR-100's training images are 155 MB
+MOST_STEPS = 1_000_000  # of a pickle, each of which may make an object; CIFAR-100 takes 200,000
+DAMAGED = "delete it and run again"
 
 
 def read_idx(path: Path) -> Tensor:
@@ -30,7 +33,7 @@ def read_idx(path: Path) -> Tensor:
     Raises:
         RequestError: the file is damaged or of another format.
     """
-    remedy = "delete it and run again" if path.is_relative_to(Path.cwd()) or not path.is_absolute() else "replace it"
+    remedy = DAMAGED if path.is_relative_to(Path.cwd()) or not path.is_absolute() else "replace it"
     try:
         with open_regular(path) as raw, gzip.open(raw) if path.suffix == ".gz" else raw as file:
             magic = file.read(4)
@@ -83,10 +86,6 @@ class _ArrayUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it names {module}.{name}, which no CIFAR file does")
 
 
-MOST_PICKLED = 1 << 28  # bytes of a pickle; CIFAR-100's training images are 155 MB
-MOST_STEPS = 1_000_000  # of a pickle, each of which may make an object; CIFAR-100 takes 200,000
-
-
 def read_pickle(path: Path) -> dict[str, Any]:
     try:
         content = read_bytes(path, MOST_PICKLED)
@@ -96,7 +95,36 @@ def read_pickle(path: Path) -> dict[str, Any]:
                 raise ValueError(f"more than {MOST_STEPS:,} steps")
         found = _ArrayUnpickler(io.BytesIO(content), encoding="latin1").load()
     except Exception as error:  # a damaged pickle can raise nearly anything
-        raise RequestError(f"{shown(path)}: cannot be read ({one_line(error)}); delete it and run again") from None
+        raise RequestError(f"{shown(path)}: cannot be read ({one_line(error)}); {DAMAGED}") from None
     if not isinstance(found, dict):
-        raise RequestError(f"{shown(path)}: not a CIFAR file; delete it and run again")
+        raise RequestError(f"{shown(path)}: not a CIFAR file; {DAMAGED}")
     return found
+
+
+def read_cifar(path: Path, labels_key: str) -> tuple[Tensor, Tensor]:
+    """The images, uint8 `[n, 3, 32, 32]`, and labels, int64 `[n]`, of a CIFAR batch; else a RequestError."""
+    batch = read_pickle(path)
+    data: Any = batch.get("data")
+    labels: Any = batch.get(labels_key)
+    if not isinstance(data, PickledBytes) or len(data.content) % 3072 or not _is_list_of(int, labels):
+        raise RequestError(
+            f"{shown(path)}: not a CIFAR batch; expected data, bytes [n, 3072], and {labels_key}, a list of numbers; "
+            f"{DAMAGED}"
+        )
+    count = len(data.content) // 3072
+    if count != len(labels) or not all(0 <= label < 256 for label in labels):
+        raise RequestError(f"{shown(path)}: {count} images, but {len(labels)} labels, or some beyond 255; {DAMAGED}")
+    pixels = torch.frombuffer(bytearray(data.content), dtype=torch.uint8) if count else torch.zeros(0).byte()
+    return pixels.view(-1, 3, 32, 32), torch.tensor(labels, dtype=torch.int64)
+
+
+def read_cifar_names(path: Path, key: str) -> list[str]:
+    """The class names of CIFAR's file of them; else a RequestError."""
+    names: Any = read_pickle(path).get(key)
+    if not _is_list_of(str, names):
+        raise RequestError(f"{shown(path)}: names no classes; {DAMAGED}")
+    return names
+
+
+def _is_list_of(kind: type, found: Any) -> bool:
+    return isinstance(found, list) and all(type(entry) is kind for entry in found)

@@ -67,7 +67,7 @@ def read_image(
     animation the first picture counts.
 
     Args:
-        path: JPEG, PNG, WebP, BMP, GIF or TIFF.
+        path: of one of the six formats.
         channels: 1 for grey, 3 for RGB.
         max_pixels: width times height allowed.
         at_least: (height, width) that it will be resized to: a JPEG of at least four times these pixels a side may be
@@ -85,7 +85,10 @@ def read_image(
                     f"{shown(path)}: {width}x{height} pixels are more than the {max_pixels:,} allowed; "
                     "make it smaller or remove it (for training, dataset.max_pixels is the limit)"
                 )
-            _check_tiles(image, max_pixels)
+            tags = getattr(image, "tag_v2", {})
+            tile_width, tile_height = tags.get(322, 1), tags.get(323, 1)  # of a TIFF; each is decoded whole
+            if tile_width * tile_height > max_pixels:
+                raise ValueError(f"tiles of {tile_width}x{tile_height} pixels")
             if at_least is not None and image.format == "JPEG":
                 side = 2 * max(at_least)  # square, as EXIF may still turn it
                 image.draft("L" if channels == 1 and image.mode == "L" else "RGB", (side, side))
@@ -108,8 +111,7 @@ def open_image(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
     """A Pillow image of one of the six formats, its header read and its pixels not yet.
 
     Raises:
-        OSError: it is no regular file, or cannot be read.
-        Exception: whatever else Pillow raises for a damaged file.
+        Exception: OSError where it is no regular file, or whatever Pillow raises for a damaged one.
     """
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # ours names the size and the file
     try:
@@ -172,14 +174,6 @@ def _check_directory(file: BinaryIO) -> None:
             raise ValueError(f"{number:,} strips or tiles")
 
 
-def _check_tiles(image: Image.Image, max_pixels: int) -> None:
-    """Refuse a TIFF whose tiles are larger than an image may be: each is decoded whole."""
-    tags = getattr(image, "tag_v2", {})
-    width, height = tags.get(322, 1), tags.get(323, 1)
-    if width * height > max_pixels:
-        raise ValueError(f"tiles of {width}x{height} pixels")
-
-
 def _check_scans(file: BinaryIO, image: Image.Image) -> None:
     """Refuse a progressive JPEG of hundreds of scans: each goes over the whole image, and may be a few bytes."""
     size = os.fstat(file.fileno()).st_size
@@ -217,7 +211,9 @@ def _eight_bits(image: Image.Image, channels: int) -> np.ndarray:
     return np.asarray(image if image.mode == mode else image.convert(mode))  # bytes that nobody else has
 
 
-Part = tuple[Tensor, Tensor] | Dataset  # (images uint8 [n, channels, height, width], labels int64 [n]), or any Dataset
+Samples = (
+    tuple[Tensor, Tensor] | Dataset
+)  # (images uint8 [n, channels, height, width], labels int64 [n]), or any Dataset
 
 
 @dataclass(frozen=True)
@@ -237,30 +233,21 @@ class ImageData:
         val: samples for validation; None has a share of `train` held out, `dataset.val_fraction`.
     """
 
-    train: Part
-    test: Part
+    train: Samples
+    test: Samples
     classes: Sequence[str]
     sampler: Callable[[Tensor], Iterable[int]] | None = None
-    val: Part | None = None
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Image files
+    val: Samples | None = None
 
 
 class ImageFiles(Dataset):
-    """Image files and their labels.
+    """Image files and their labels, in `targets`, int64 `[n]`.
 
     Args:
-        paths: one a sample.
-        labels: class indices, as many.
-        channels: 1 for grey, 3 for RGB.
-        max_pixels: width times height allowed.
+        paths, labels: of each sample its file and class index.
+        channels, max_pixels: as in `read_image`.
         name: tells parts of the same folder apart, for their caches.
         no_files: those of the paths that are known to lead to no regular file.
-
-    Attributes:
-        targets: int64 `[n]`, the labels.
     """
 
     def __init__(
@@ -286,7 +273,7 @@ class ImageFiles(Dataset):
         """The image alone; `at_least` as in `read_image`."""
         return read_image(str(self.paths[index]), self.channels, self.max_pixels, at_least)
 
-    def part(self, chosen: Tensor, name: str) -> ImageFiles:
+    def subset(self, chosen: Tensor, name: str) -> ImageFiles:
         """The samples of a mask, in their order."""
         rows = chosen.nonzero().flatten()
         paths, labels = self.paths[rows.numpy()].tolist(), self.targets[rows].tolist()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
+from itertools import count, islice
 from typing import Any
 
 import numpy as np
@@ -19,14 +20,7 @@ from engine.errors import RequestError, RunError, cause, printable
 
 @contextmanager
 def users_code(what: str) -> Iterator[None]:
-    """Tell what code of the user's raises inside in one line, with the place in it; the exception is kept as the cause.
-
-    Args:
-        what: was asked of it, for the message.
-
-    Raises:
-        RunError: it raised something.
-    """
+    """Raise what code of the user's raises, when asked for `what`, as a RunError of one line with the place in it."""
     try:
         yield
     except RunError:
@@ -36,12 +30,9 @@ def users_code(what: str) -> Iterator[None]:
 
 
 def cannot_be_read(errors: Sequence[str], all_of_them: str, training: bool) -> str:
-    """One line of the images that cannot be read: the first of them, how many there are, and the way out.
+    """One line of what is wrong with images: the first of the errors, how many there are of all, and the way out.
 
-    Args:
-        errors: what is wrong with each.
-        all_of_them: among which they were found, for the message.
-        training: whether `dataset.skip_unreadable` would help.
+    That is `dataset.skip_unreadable`, which helps in training.
     """
     several = len(errors) > 1
     count = f"; {len(errors):,} of {all_of_them} cannot be read" if several else ""
@@ -58,10 +49,10 @@ class Reader:
         seed: of the run.
         num_classes: labels are below it.
         skip_unreadable: another sample of the batch takes the place of an image file that cannot be read.
-        training: whether the samples are for training, where that may be asked for.
+        training: whether to name skip_unreadable as the way out where one cannot be read.
     """
 
-    TOGETHER = 8  # samples read before they are transformed: taking turns would clear the processor's caches each time
+    READ_AT_ONCE = 8  # samples, before they are transformed: taking turns would clear the processor's caches each time
 
     def __init__(
         self,
@@ -80,28 +71,26 @@ class Reader:
         self.size = resized_to(transforms)
 
     def read(self, epoch: int, indices: Tensor, into: Tensor | None = None) -> tuple[Tensor, Tensor, list[str]]:
-        """(images, labels, what was skipped) of samples in an epoch.
+        """(images, labels, what was skipped) of the samples `indices`, int64 `[batch]`, in an epoch from 1.
 
         Args:
-            epoch: counted from 1.
-            indices: int64 `[batch]`, the samples.
             into: memory for at least as many images; they lie there afterwards if they are of its shape and type.
 
         Raises:
             RunError: samples that cannot be read, or do not fit together.
         """
-        skipped: list[str] = []
+        skipped: dict[int, str] = {}
         with own_randomness() if self.draws or not self.is_ours else nullcontext():
             images, labels = self._batch(self._samples(epoch, indices, skipped), indices, into)
-        return images, labels, skipped
+        return images, labels, list(skipped.values())
 
-    def _samples(self, epoch: int, indices: Tensor, skipped: list[str]) -> Iterator[tuple[int, Tensor, Any]]:
-        """(place in the batch, image, label) of those that can be read."""
+    def _samples(self, epoch: int, indices: Tensor, skipped: dict[int, str]) -> Iterator[tuple[int, Tensor, Any]]:
+        """(place in the batch, image, label) of those that can be read; of the others place to error in `skipped`."""
         draws = Draws(self.seed, epoch, indices) if self.draws else None
         seeds = None if self.is_ours else sample_seed(self.seed, epoch, indices).tolist()
-        for first in range(0, len(indices), self.TOGETHER):
+        for first in range(0, len(indices), self.READ_AT_ONCE):
             read: list[tuple[int, Tensor, Any]] = []
-            for place, index in enumerate(indices[first : first + self.TOGETHER].tolist(), first):
+            for place, index in enumerate(indices[first : first + self.READ_AT_ONCE].tolist(), first):
                 if seeds is not None:
                     seed_everything(seeds[place])
                 try:
@@ -109,13 +98,15 @@ class Reader:
                 except RequestError as error:
                     if not isinstance(self.part, ImageFiles):
                         raise RunError(str(error)) from error
-                    skipped.append(str(error))
+                    skipped[place] = str(error)
             if skipped and not self.skip_unreadable:
                 continue  # only to count the others
             for place, image, label in read:
                 yield place, self._transform(image, draws, place), label
         if skipped and not self.skip_unreadable:
-            raise RunError(cannot_be_read(skipped, f"the {len(indices)} images of this batch", self.training))
+            raise RunError(
+                cannot_be_read(list(skipped.values()), f"the {len(indices)} images of this batch", self.training)
+            )
 
     def _transform(self, image: Tensor, draws: Draws | None, place: int) -> Tensor:
         return apply(self.transforms, image[None], draws and draws.window(place, 1))[0]
@@ -124,10 +115,8 @@ class Reader:
         """(images, labels) of samples that were read elsewhere."""
         with own_randomness():
             draws = Draws(self.seed, epoch, indices) if self.draws else None
-            transformed = (
-                (place, self._transform(image, draws, place), label) for place, (image, label) in enumerate(samples)
-            )
-            return self._batch(transformed, indices, None)
+            done = ((place, self._transform(image, draws, place), y) for place, (image, y) in enumerate(samples))
+            return self._batch(done, indices, None)
 
     def _sample(self, index: int) -> tuple[Tensor, Any]:
         if isinstance(self.part, ImageFiles):
@@ -162,12 +151,12 @@ class Reader:
             raise RunError(
                 f"none of the {len(indices)} images of a batch can be read; the first is sample {int(indices[0])}"
             )
-        labels = []
+        read = list(found)
         for place in range(len(indices)):
             if place not in found:
-                other = next((p for p in found if p > place), next(iter(found)))
-                images[place] = images[other]
-            labels.append(found[place if place in found else other])
+                other = next((p for p in read if p > place), read[0])
+                images[place], found[place] = images[other], found[other]
+        labels = [found[place] for place in range(len(indices))]
         probabilities = [isinstance(label, Tensor) for label in labels]
         if any(probabilities) and not all(probabilities):
             raise RunError(
@@ -192,11 +181,9 @@ def _image_and_label(sample: Any, what: str, num_classes: int) -> tuple[Tensor, 
     if not isinstance(image, Tensor):  # a Pillow image, or an array [height, width, channels]
         if getattr(image, "mode", None) == "P":
             raise RunError(f"{what} is a Pillow image with a palette; expected its colours: image.convert('RGB')")
-        pixels = np.asarray(image)
+        pixels, kind = np.asarray(image), type(image).__name__
         if pixels.dtype not in (np.uint8, np.float32, np.float64):
-            raise RunError(
-                f"{what} has an image of {type(image).__name__}; expected a tensor, an array or a Pillow image"
-            )
+            raise RunError(f"{what} has an image of {kind}; expected a tensor, an array or a Pillow image")
         image = torch.from_numpy(pixels.copy())
         image = image.permute(2, 0, 1) if image.ndim == 3 else image
     image = image.unsqueeze(0) if image.ndim == 2 else image
@@ -232,46 +219,38 @@ class Stream:
 
     def once(self, limit: int | None, number: int = 0) -> Iterator[tuple[Tensor, Any]]:
         """One pass over the samples; `number` is the pass."""
-        part, states = self.reader.part, None
-        name = type(part).__name__
+        part, iterator, states = self.reader.part, None, None
+        name, end = type(part).__name__, object()
         if hasattr(part, "set_epoch"):
             with users_code(f"set_epoch of {name}"):
                 part.set_epoch(number)
-        iterator, count, end = None, 0, object()
-        while limit is None or count < limit:
+        for place in islice(count(), limit):
+            what = f"sample {place} of {name}"
             with own_randomness():
                 if states is None:
                     seed_everything(int(sample_seed(self.reader.seed, number)))
                 else:
                     set_random_states(states)
-                with users_code(f"sample {count} of {name}"):
+                with users_code(what):
                     iterator = iterator or iter(part)
                     sample = next(iterator, end)
                 states = random_states()
             if sample is end:
                 return
-            yield _image_and_label(sample, f"sample {count} of {name}", self.reader.num_classes)
-            count += 1
+            yield _image_and_label(sample, what, self.reader.num_classes)
 
     def forever(self, position: int, limit: int | None) -> Iterator[tuple[Tensor, Any]]:
         """Passes without end, from a sample on; goes on from the last call where that ended there."""
-        if self.position != position:
-            self.position, self.samples = 0, self._passes(limit)
-            while self.position < position:  # a resumed run reads what it had seen
-                next(self.samples)
-                self.position += 1
-        while True:
-            sample = next(self.samples)
+        if self.position != position:  # a resumed run reads what it had seen
+            self.position, self.samples = position, islice(self._passes(limit), position, None)
+        for sample in self.samples:
             self.position += 1
             yield sample
 
     def _passes(self, limit: int | None) -> Iterator[tuple[Tensor, Any]]:
-        number = 0
-        while True:
-            number += 1
-            empty = True
+        for number in count(1):
+            sample = None
             for sample in self.once(limit, number):
-                empty = False
                 yield sample
-            if empty:
+            if sample is None:
                 raise RunError(f"{type(self.reader.part).__name__} gives no sample in pass {number}")

@@ -62,50 +62,91 @@ class Split:
 
 
 def load_splits(settings: dict[str, Any], only: str | None = None) -> tuple[dict[str, Split], list[str]]:
-    """Read a data set, and hold out a validation part where it has none of its own.
+    """Read the data set that a configuration names, and divide it.
 
     Args:
         settings: the dataset group of the configuration.
         only: leave out every split but this one.
 
     Returns:
+        as `divide`.
+
+    Raises:
+        RequestError: the data is not there or is damaged, or as `divide`.
+    """
+    data = build({key: value for key, value in settings.items() if key not in COMMON + OF_FILES}, "dataset")
+    if not isinstance(data, ImageData):
+        raise RequestError(f"{settings['_target_']} returned {type(data).__name__}; expected ImageData")
+    labels_to = settings.get("target_transform")
+    skip_unreadable = bool(settings.get("skip_unreadable"))
+    splits, classes = divide(
+        data,
+        val_fraction=settings["val_fraction"],
+        limit=settings["limit"],
+        steps_per_epoch=settings.get("steps_per_epoch"),
+        skip_unreadable=skip_unreadable,
+        target_transform=None if labels_to is None else locate(labels_to, "dataset.target_transform"),
+    )
+    if only is not None:
+        splits = {name: split for name, split in splits.items() if name == only}
+    if settings.get("cache"):
+        splits = _from_cache(splits, settings, skip_unreadable)
+    return splits, classes
+
+
+def divide(
+    data: ImageData,
+    *,
+    val_fraction: float = 0.0,
+    limit: int | None = None,
+    steps_per_epoch: int | None = None,
+    skip_unreadable: bool = False,
+    target_transform: Callable[[Tensor, int], Tensor] | None = None,
+) -> tuple[dict[str, Split], list[str]]:
+    """The splits of a data set; a validation part is held out where it has none of its own.
+
+    Args:
+        data: all its samples.
+        val_fraction: of the training samples, held out of each class, 0 to 1.
+        limit: samples of each split at most, in the proportions of the classes; None takes all.
+        steps_per_epoch: batches of an epoch, for an iterable-style data set.
+        skip_unreadable: go on without image files that cannot be read, in training.
+        target_transform: of training labels, f(labels int64 `[batch]`, num_classes).
+
+    Returns:
         the splits train, val (the data set's own, or held out; absent with neither) and test; the class names.
 
     Raises:
-        RequestError: the data is not there, is damaged, or has labels outside its classes.
+        RequestError: labels outside the classes, fewer than two of these, or what does not go together.
     """
-    own = {key: value for key, value in settings.items() if key not in COMMON + OF_FILES}
-    data = build(own, "dataset")
-    if not isinstance(data, ImageData):
-        raise RequestError(f"{settings['_target_']} returned {type(data).__name__}; expected ImageData")
     classes = [printable(str(name)) for name in data.classes]
-    parts = {"train": data.train, "val": data.val, "test": data.test}
-    for name, part in parts.items():
+    for name, part in {"train": data.train, "val": data.val, "test": data.test}.items():
         if part is not None or name != "val":
             _check_part(part, name, classes)
     _check_classes(classes, data.train)
 
     count, labels = _count(data.train), _labels(data.train)
-    held_out = None
-    if labels is None and count is not None and (settings["limit"] or (data.val is None and settings["val_fraction"])):
-        what = "samples of dataset.limit are taken" if settings["limit"] else "validation is held out"
+    holds_out = bool(data.val is None and val_fraction)
+    if labels is None and count is not None and (limit or holds_out):
+        what = "samples of dataset.limit are taken" if limit else "validation is held out"
         print(f"{type(data.train).__name__} has no .targets: {what} at random, not class by class")
-    if data.val is None and count is not None and settings["val_fraction"]:
-        held_out = hold_out(labels, count, settings["val_fraction"])
-    limit, splits = settings["limit"], {}
-    splits["train"] = _split(data.train, None if held_out is None else ~held_out, len(classes), limit)
+    held_out = hold_out(labels, count, val_fraction) if holds_out and count is not None else None
+    splits = {"train": _split(data.train, None if held_out is None else ~held_out, len(classes), limit)}
     if data.val is not None:
         splits["val"] = _split(data.val, None, len(classes), limit)
     elif held_out is not None and held_out.any():
         splits["val"] = _split(data.train, held_out, len(classes), limit)
     splits["test"] = _split(data.test, None, len(classes), limit)
     for name, split in splits.items():
-        _check_files(split, name, bool(settings.get("skip_unreadable")))
-    splits["train"] = _for_training(splits["train"], settings, data.sampler, held_out=held_out is not None)
-    if only is not None:
-        splits = {name: split for name, split in splits.items() if name == only}
-    if settings.get("cache"):
-        splits = _from_cache(splits, settings)
+        _check_files(split, name, skip_unreadable)
+    sampler = _check_sampling(splits["train"], steps_per_epoch, data.sampler, held_out=held_out is not None)
+    splits["train"] = replace(
+        splits["train"],
+        steps=steps_per_epoch,
+        sampler=sampler,
+        skip_unreadable=skip_unreadable,
+        target_transform=target_transform,
+    )
     return splits, classes
 
 
@@ -147,9 +188,10 @@ def _check_files(split: Split, name: str, skip_unreadable: bool) -> None:
         )
 
 
-def _for_training(split: Split, settings: dict[str, Any], sampler: Any, held_out: bool) -> Split:
-    """The training split with what is done to training samples only."""
-    steps = settings.get("steps_per_epoch")
+def _check_sampling(
+    split: Split, steps: int | None, sampler: Any, held_out: bool
+) -> Callable[[Tensor], Iterable[int]] | None:
+    """The sampler of the training samples as a function of their indices, if what an epoch is goes together."""
     if split.indices is None and steps is None:
         raise RequestError(
             f"{type(split.part).__name__} is iterable-style: set dataset.steps_per_epoch, the batches an epoch has"
@@ -158,28 +200,17 @@ def _for_training(split: Split, settings: dict[str, Any], sampler: Any, held_out
         raise RequestError(
             f"dataset.steps_per_epoch={steps}: for iterable-style data; limit_batches= shortens epochs of other data"
         )
-    if sampler is not None and not callable(sampler):
-        if held_out:
-            raise RequestError(
-                "dataset: its sampler draws from all training samples, and some are held out for validation; "
-                "make it a function of the indices that are left, or set dataset.val_fraction=0"
-            )
-        sampler = _always(sampler)
-    name = settings.get("target_transform")
-    return replace(
-        split,
-        steps=steps,
-        sampler=sampler,
-        skip_unreadable=bool(settings.get("skip_unreadable")),
-        target_transform=None if name is None else locate(name, "dataset.target_transform"),
-    )
-
-
-def _always(sampler: Iterable[int]) -> Callable[[Tensor], Iterable[int]]:
+    if sampler is None or callable(sampler):
+        return sampler
+    if held_out:
+        raise RequestError(
+            "dataset: its sampler draws from all training samples, and some are held out for validation; "
+            "make it a function of the indices that are left, or set dataset.val_fraction=0"
+        )
     return lambda indices: sampler
 
 
-def _from_cache(splits: dict[str, Split], settings: dict[str, Any]) -> dict[str, Split]:
+def _from_cache(splits: dict[str, Split], settings: dict[str, Any], skip_unreadable: bool) -> dict[str, Split]:
     """The splits with their image files decoded once, in a file that is mapped into memory."""
     from engine.data.cache import cached_images
 
@@ -203,9 +234,7 @@ def _from_cache(splits: dict[str, Split], settings: dict[str, Any]) -> dict[str,
                 f"dataset.cache=true: for image files, and {settings['_target_']} has none; set it to false"
             )
         if id(files) not in cached:
-            cached[id(files)] = cached_images(
-                files, first[0], Path(settings["cache_dir"]), bool(settings.get("skip_unreadable"))
-            )
+            cached[id(files)] = cached_images(files, first[0], Path(settings["cache_dir"]), skip_unreadable)
         images, unreadable = cached[id(files)]
         indices = split.indices
         assert indices is not None

@@ -7,24 +7,15 @@ torch's generator seeded from the same draws: `PerImage`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
+from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from engine.config import did_you_mean
-from engine.data.augment import (
-    ColorJitter,
-    Normalize,
-    RandomCrop,
-    RandomErasing,
-    RandomHorizontalFlip,
-    RandomRotation,
-    RandomVerticalFlip,
-    Resize,
-    _check_size,
-    to_float,
-)
+from engine.data.augment import BATCH_TRANSFORMS, Resize, Transform, check_size, to_float
 from engine.data.draws import Draws
 from engine.errors import RequestError, RunError, one_line, out_of_memory
 
@@ -34,29 +25,9 @@ MOST = {"padding": 4_096, "kernel_size": 64, "sigma": 16, "side_range": 8, "scal
 MOST |= {"num_ops": 32, "mixture_width": 32, "chain_depth": 32}
 
 
-BATCH_TRANSFORMS: dict[str, Any] = {
-    cls.__name__: cls
-    for cls in (
-        Normalize,
-        Resize,
-        RandomHorizontalFlip,
-        RandomVerticalFlip,
-        RandomRotation,
-        RandomCrop,
-        RandomErasing,
-        ColorJitter,
-    )
-}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Everything else that torchvision has
-
-
-class PerImage:
+class PerImage(Transform):
     """A transform of `torchvision.transforms.v2` on one image at a time, its random numbers seeded for each sample."""
 
-    needs_float = False
     random = True
 
     def __init__(self, transform: Any) -> None:
@@ -67,18 +38,13 @@ class PerImage:
         results = []
         for image, bits in zip(images, draws.integers(1)[:, 0].tolist(), strict=True):
             torch.default_generator.manual_seed(bits)
-            results.append(self._one(image))
+            result = self.transform(image)
+            if not isinstance(result, Tensor) or result.ndim != 3:
+                shape = f" {list(result.shape)}" if isinstance(result, Tensor) else ""
+                raise ValueError(f"gave {type(result).__name__}{shape}; expected a tensor [channels, height, width]")
+            result = result.as_subclass(Tensor)
+            results.append(result if result.dtype == torch.uint8 else result.float())
         return torch.stack(results)
-
-    def _one(self, image: Tensor) -> Tensor:
-        result = self.transform(image)
-        if not isinstance(result, Tensor) or result.ndim != 3:
-            found = (
-                f"{type(result).__name__} {list(result.shape)}" if isinstance(result, Tensor) else type(result).__name__
-            )
-            raise ValueError(f"gave {found}; expected a tensor [channels, height, width]")
-        result = result.as_subclass(Tensor)
-        return result if result.dtype == torch.uint8 else result.float()
 
 
 def per_image(name: str, arguments: dict[str, Any]) -> PerImage | None:
@@ -103,7 +69,7 @@ def per_image(name: str, arguments: dict[str, Any]) -> PerImage | None:
 
     def plain(key: str, value: Any) -> Any:
         if key == "transforms":
-            return [nested(entry) for entry in value]
+            return [nested(*name_and_arguments(entry)) for entry in value]
         if key == "interpolation" and isinstance(value, str):
             return InterpolationMode(value)
         if isinstance(value, str) and value.startswith("torch."):
@@ -111,11 +77,9 @@ def per_image(name: str, arguments: dict[str, Any]) -> PerImage | None:
             return found if isinstance(found, torch.dtype) else value  # a type; a function stays text
         return value
 
-    def nested(entry: Any) -> Any:
-        inner, inner_arguments = name_and_arguments(entry)
-        built = per_image(inner, inner_arguments)
-        if built is None:
-            raise ValueError(f"torchvision has no transform {inner!r}")
+    def nested(name: str, arguments: dict[str, Any]) -> Any:
+        if (built := per_image(name, arguments)) is None:
+            raise ValueError(f"torchvision has no transform {name!r}")
         return built.transform
 
     built = found(**{key: plain(key, value) for key, value in arguments.items()})
@@ -125,7 +89,7 @@ def per_image(name: str, arguments: dict[str, Any]) -> PerImage | None:
 
 def _check_result(transform: Any, given: Any, result: Any) -> None:
     if isinstance(result, Tensor) and result.ndim > 1:
-        _check_size(*result.shape[-2:])
+        check_size(*result.shape[-2:])
 
 
 def name_and_arguments(entry: Any) -> tuple[str, dict[str, Any]]:
@@ -144,26 +108,26 @@ def check_arguments(listed: Any) -> None:
     """
     if not isinstance(listed, (list, tuple)):
         raise ValueError(f"it is {type(listed).__name__}; expected a list of transforms")
-    waiting: list[tuple[str, Any, int]] = [("", listed, 0)]
-    seen = 0
-    while waiting:
-        name, value, level = waiting.pop()
-        inside = len(value) if isinstance(value, (dict, list, tuple)) else 0
-        seen += 1
-        if seen + len(waiting) + inside > MOST_VALUES or level > MOST_NESTED:
+    values = count(1)
+
+    def check(name: str, value: Any, level: int) -> None:
+        if next(values) > MOST_VALUES or level > MOST_NESTED:
             raise ValueError(f"it holds more than {MOST_VALUES:,} values, or more than {MOST_NESTED} levels of them")
         if isinstance(value, dict):
-            for key in value:
+            for key, inner in value.items():
                 _check_value("a name", key)
                 if not isinstance(key, str):
                     raise ValueError(f"{key!r} is no name; expected Name or Name: {{argument: value}}")
-            waiting += [(key, one, level + 1) for key, one in value.items()]
+                check(key, inner, level + 1)
         elif isinstance(value, (list, tuple)):
             if name in ("size", "target_size") and len(value) == 2 and all(isinstance(one, int) for one in value):
-                _check_size(*value)
-            waiting += [(f"{name} ", one, level + 1) for one in value]  # one of several: no square, if it is a size
+                check_size(*value)
+            for inner in value:
+                check(f"{name} ", inner, level + 1)  # one of several: no square, if it is a size
         else:
             _check_value(name, value)
+
+    check("", listed, 0)
 
 
 def _check_value(name: str, value: Any) -> None:
@@ -176,7 +140,7 @@ def _check_value(name: str, value: Any) -> None:
         if not -most <= value <= most:  # so no NaN either
             raise ValueError(f"{name.strip()}={str(value)[:20] if abs(value) < 1e99 else 'more'}: at most {most:,}")
         if name.endswith("size"):
-            _check_size(int(value), int(value))
+            check_size(int(value), int(value))
     elif value is not None:
         raise ValueError(f"{name.strip()} is {type(value).__name__}; expected numbers, texts and lists of them")
 
@@ -206,20 +170,12 @@ def apply(transforms: Sequence[tuple[int, Any]], images: Tensor, draws: Draws | 
 
 def resized_to(transforms: Sequence[Any]) -> tuple[int, int] | None:
     """(height, width) of the Resize that images meet first, or None."""
-    if transforms and isinstance(transforms[0], Resize):
-        size = transforms[0].size
-        return (size[0], size[-1])
-    return None
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Transforms
+    first = transforms[0] if transforms else None
+    return (first.size[0], first.size[-1]) if isinstance(first, Resize) else None
 
 
 def parse_transforms(listed: Sequence[Any], option: str) -> list[Any]:
     """The transforms of a YAML list: `[RandomHorizontalFlip, RandomCrop: {size: 28, padding: 2}]`.
-
-    What has no version for batches here comes from `torchvision.transforms.v2` and works on one image at a time.
 
     Raises:
         RequestError: an unknown name or argument.
@@ -233,12 +189,10 @@ def parse_transforms(listed: Sequence[Any], option: str) -> list[Any]:
         name = entry
         try:
             name, arguments = name_and_arguments(entry)
-            try:
-                transform = (
-                    BATCH_TRANSFORMS[name](**arguments) if name in BATCH_TRANSFORMS else per_image(name, arguments)
-                )
-            except NotImplementedError:  # an argument that only torchvision's own has
-                transform = per_image(name, arguments)
+            transform: Any = None
+            with suppress(NotImplementedError):  # an argument that only torchvision's own has
+                transform = BATCH_TRANSFORMS[name](**arguments) if name in BATCH_TRANSFORMS else None
+            transform = transform or per_image(name, arguments)
         except Exception as error:  # of torchvision's classes each raises its own
             raise RequestError(f"{option}: {name} refuses its arguments: {one_line(error)}") from error
         if transform is None:

@@ -42,21 +42,16 @@ class _Slots:
     def __setstate__(self, sent: Any) -> None:
         self.file, self.memory = os.fdopen(sent.detach(), "r+b", buffering=0), None
 
-    def mapped(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """The memory as one tensor, of the same shape and type each time.
-
-        Raises:
-            OSError, ValueError, OverflowError: there is not so much.
-        """
+    def mapped(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
+        """The memory as one tensor, of the same shape and type each time; None where there is not so much."""
         if self.memory is None:
             size = max(1, math.prod(shape) * dtype.itemsize)
-            os.ftruncate(self.file.fileno(), size)
-            memory = torch.frombuffer(mmap.mmap(self.file.fileno(), size), dtype=dtype)
-            self.memory = memory[: math.prod(shape)].view(shape)
+            with suppress(OSError, ValueError, OverflowError):
+                os.ftruncate(self.file.fileno(), size)
+                memory = torch.frombuffer(mmap.mmap(self.file.fileno(), size), dtype=dtype)
+                self.memory = memory[: math.prod(shape)].view(shape)
         return self.memory
 
-
-_NO_MEMORY = (OSError, ValueError, OverflowError)  # what mapping too much raises
 
 Slot = tuple[int, tuple[int, ...], torch.dtype]  # its number, and shape and type of all of them
 
@@ -74,14 +69,16 @@ class _Worker(Dataset):
     def __getitem__(self, asked: tuple[int, np.ndarray, Slot | None]) -> tuple[Any, ...]:
         epoch, indices, slot = asked
         try:
-            into = None
-            if slot is not None and self.slots is not None:
-                with suppress(*_NO_MEMORY):  # then they are sent as they are
-                    into = self.slots.mapped(*slot[1:])[slot[0]]
+            memory = self.slots.mapped(*slot[1:]) if slot and self.slots else None
+            into = memory[slot[0]] if slot and memory is not None else None  # without, they are sent as they are
             images, labels, skipped = self.reader.read(epoch, torch.from_numpy(indices), into)
             if into is not None and images.data_ptr() == into.data_ptr():
                 return len(images), labels.numpy(), skipped
-            return _shared(images), labels.numpy(), skipped
+            try:
+                images.share_memory_()  # here, where a failure can still be told
+            except (RuntimeError, OSError) as error:
+                raise RunError(_no_shared_memory(error)) from error
+            return images, labels.numpy(), skipped
         except RunError as error:
             return error, "".join(traceback.format_exception(error))
 
@@ -90,17 +87,9 @@ class _InWorker(Exception):
     """The traceback of an error in a worker process, which an exception that is sent leaves behind."""
 
 
-def _shared(images: Tensor) -> Tensor:
-    """In memory that the main process can read; done here, where a failure can still be told."""
-    try:
-        return images.share_memory_()
-    except (RuntimeError, OSError) as error:
-        raise RunError(_no_shared_memory(one_line(error, 120))) from error
-
-
-def _no_shared_memory(reason: str) -> str:
+def _no_shared_memory(error: Exception) -> str:
     return (
-        f"a worker process that reads samples failed ({reason}); if shared memory ran out, "
+        f"a worker process that reads samples failed ({one_line(error, 160)}); if shared memory ran out, "
         "lower num_workers or batch_size, or enlarge shared memory (/dev/shm)"
     )
 
@@ -183,24 +172,17 @@ class Workers:
         if self.layout is None:
             with suppress(RunError):  # what cannot be read is told when it is asked for in its batch
                 self.first(epoch, batches[0])
-        slots = self._slots()
+        slots = self.slots.mapped(*self.layout) if self.slots and self.layout else None
         # There is one slot more than batches under way, so the one in use is asked for again only when it was left.
-        places = range(len(batches))
-        chosen = [None if slots is None else (place % len(slots), *self.layout) for place in places]  # type: ignore
-        asked = [(epoch, indices.numpy(), slot) for indices, slot in zip(batches, chosen, strict=True)]
+        asked = [
+            (epoch, indices.numpy(), None if slots is None else (place % len(slots), *self.layout))  # type: ignore
+            for place, indices in enumerate(batches)
+        ]
         for place, (images, labels, skipped) in enumerate(self._answers(asked)):
             if isinstance(images, int):
                 images = slots[place % len(slots), :images]  # type: ignore[index, arg-type]
                 images = images.clone() if images.is_floating_point() else images
             yield images, torch.from_numpy(labels), skipped
-
-    def _slots(self) -> Tensor | None:
-        """The slots, where an image has told their shape and there is memory for them."""
-        if self.slots is None or self.layout is None:
-            return None
-        with suppress(*_NO_MEMORY):
-            return self.slots.mapped(*self.layout)
-        return None
 
     def _answers(self, asked: list[tuple[int, np.ndarray, Slot | None]]) -> Iterator[tuple[Any, np.ndarray, Any]]:
         """What the workers answer, in order, raising their errors; starts them if there are none yet."""
@@ -215,46 +197,41 @@ class Workers:
                 raise RuntimeError("an epoch cannot go on after another one of the same batches was begun")
 
     def _until_death(self) -> Iterator[Any]:
-        part = type(self.reader.part).__name__
         try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="This DataLoader will create")  # more than cores: as asked
-                warnings.filterwarnings("ignore", message="Got pickle error")  # told below
-                if self.loader is None:
-                    self.loader = self._start()
-                batches = iter(self.loader)
-        except (pickle.PicklingError, AttributeError, TypeError) as error:
-            raise RunError(
-                f"{part} cannot be sent to worker processes ({one_line(error, 160)}); "
-                "let it open files on first use, or set num_workers=0"
-            ) from error
-        except (RuntimeError, OSError) as error:
-            raise RunError(_no_shared_memory(one_line(error, 160))) from error
-        try:
-            yield from batches
+            yield from self._asked_loader()
         except (RuntimeError, OSError) as error:
             if "Caught " in str(error):  # raised by our own code in a worker; its traceback is in the text
                 raise
-            raise RunError(_no_shared_memory(one_line(error, 160))) from error
+            raise RunError(_no_shared_memory(error)) from error
 
-    def _start(self) -> DataLoader:
-        """The loader, which starts the processes when it is first asked."""
+    def _asked_loader(self) -> Iterator[Any]:
+        """The loader's answers to what is asked; the first time the processes are started."""
         if multiprocessing.get_start_method() == "forkserver":  # Python 3.14: import once, not in every process
             multiprocessing.set_forkserver_preload(["torch", "engine.data.workers"])
-        loader = DataLoader(
-            _Worker(self.reader, self.slots),
-            batch_size=None,
-            sampler=self.asked,
-            num_workers=self.count,
-            prefetch_factor=self.AHEAD,
-            collate_fn=_as_it_is,
-            persistent_workers=True,
-            worker_init_fn=_start_worker,
-            generator=torch.Generator().manual_seed(0),  # or it would draw from the run's own
-        )
-        # Workers heed no signal, so at the end multiprocessing would wait for them for ever: they are told before.
-        Finalize(self, _dismiss, args=(loader,), exitpriority=100)
-        return loader
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="This DataLoader will create")  # more than cores: as asked
+            warnings.filterwarnings("ignore", message="Got pickle error")  # told below
+            if self.loader is None:
+                self.loader = DataLoader(
+                    _Worker(self.reader, self.slots),
+                    batch_size=None,
+                    sampler=self.asked,
+                    num_workers=self.count,
+                    prefetch_factor=self.AHEAD,
+                    collate_fn=_as_it_is,
+                    persistent_workers=True,
+                    worker_init_fn=_start_worker,
+                    generator=torch.Generator().manual_seed(0),  # or it would draw from the run's own
+                )
+                # Workers heed no signal; multiprocessing would wait for them for ever: they are told before.
+                Finalize(self, _dismiss, args=(self.loader,), exitpriority=100)
+            try:
+                return iter(self.loader)
+            except (pickle.PicklingError, AttributeError, TypeError) as error:
+                raise RunError(
+                    f"{type(self.reader.part).__name__} cannot be sent to worker processes ({one_line(error, 160)}); "
+                    "let it open files on first use, or set num_workers=0"
+                ) from error
 
 
 def _dismiss(loader: DataLoader) -> None:

@@ -43,19 +43,16 @@ def show(config: dict[str, Any]) -> None:
 
 def _show(config: dict[str, Any], splits: dict[str, Split], classes: list[str]) -> None:
     settings = config["dataset"]
-    common = {**config, "shuffle": True, "drop_last": False, "limit_batches": None}
-    device = torch.device("cpu")
-
-    shown = Batches(
-        splits["train"], settings["train_transforms"], {**common, "batch_size": config["images"]}, device, training=True
-    )
+    how: dict[str, Any] = {"device": torch.device("cpu"), "training": True}
+    how |= {key: config[key] for key in ("seed", "num_workers")}
+    shown = Batches(splits["train"], settings["train_transforms"], batch_size=config["images"], **how)
     shape = shown.sample_shape()
     images, labels = next(iter(shown.epoch(config["epoch"])))
     images = without_normalization(images, parse_transforms(settings["train_transforms"], "dataset.train_transforms"))
     draw(images, [classes[i] for i in class_of(labels).tolist()], Path(config["output"]))
 
     plain = [entry for entry in settings["eval_transforms"] if not (isinstance(entry, dict) and "Normalize" in entry)]
-    read = Batches(splits["train"], plain, {**common, "batch_size": BATCH, "shuffle": False}, device, training=True)
+    read = Batches(splits["train"], plain, batch_size=BATCH, shuffle=False, **how)
     counts, mean, std = statistics(read, len(classes))
     size = "x".join(map(str, shape))
     what = f"{len(images)} training sample{'s' * (len(images) != 1)}, {size}"

@@ -8,21 +8,24 @@ group's name, and every setting under its dotted name. Whatever is a key can be 
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import fcntl
 import fnmatch
 import io
 import json
 import math
+import operator
 import os
 import re
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from engine import files
-from engine.errors import RequestError, RunError, did_you_mean, one_line, shortened
+from engine import files, terminal
+from engine.config import as_typed, leaves
+from engine.errors import RequestError, RunError, counted, did_you_mean, one_line, shortened
 from engine.run import runs, trust
 
 Row = dict[str, Any]
@@ -66,20 +69,20 @@ def read_run(directory: Path, root: Path) -> Row | None:
 
     A file of it that cannot be read costs what it would have told; the row's state is `damaged` and its reason why.
     """
-    row: Row = {"run": directory.relative_to(root).as_posix(), "state": "", **{key: None for key in RESULTS[2:]}}
-    sources = {".hydra/config.yaml": _configuration, "metrics.csv": _metrics, "summary.json": _summary}
-    damages = []
-    there = []
-    for name, read in sources.items():
+    row: Row = {"run": directory.relative_to(root).as_posix(), "state": "", **dict.fromkeys(RESULTS[2:])}
+    there, damages = [], []
+    for name, read in ((".hydra/config.yaml", _configuration), ("metrics.csv", _metrics), ("summary.json", _summary)):
         try:
             found = read(directory / name)
+            for key in AVERAGED:
+                if found.get(key) is not None and not 0 <= found[key] <= 1:
+                    raise ValueError(f"{key} is not between 0 and 1")
             there.append(name)
+            row |= found
         except FileNotFoundError:
             continue
         except (OSError, ValueError, RecursionError, csv.Error) as error:
             damages.append(f"{name}: {one_line(error, 120)}")
-        else:
-            row |= found
     if not there and not damages:
         return None
     row["state"], row["reason"] = _state(directory, finished="summary.json" in there)
@@ -89,14 +92,10 @@ def read_run(directory: Path, root: Path) -> Row | None:
 
 
 def _configuration(file: Path) -> Row:
-    """The option chosen of each group, and every setting.
-
-    Raises:
-        OSError, ValueError: it is no run's configuration.
-    """
+    """The option chosen of each group, and every setting."""
     config = trust.parse_config(files.read_text(file))
     choices = {group: option for group, option in config.pop("choices").items() if option is not None}
-    settings = {name: value for name, value in flatten(config).items() if not name.endswith("_target_")}
+    settings = {name: value for name, value in leaves(config) if not name.endswith("_target_")}
     return {
         name: value
         for name, value in {**settings, **choices}.items()
@@ -105,11 +104,7 @@ def _configuration(file: Path) -> Row:
 
 
 def _summary(file: Path) -> Row:
-    """What summary.json tells of a run that has finished.
-
-    Raises:
-        OSError, ValueError: it is none.
-    """
+    """What summary.json tells of a run that has finished."""
     summary = json.loads(files.read_text(file))
     if not isinstance(summary, dict) or "test_accuracy" not in summary:
         raise ValueError("it tells no test accuracy")
@@ -117,13 +112,6 @@ def _summary(file: Path) -> Row:
     for key, value in found.items():
         if isinstance(value, (bool, str)) or as_number(value) is None:
             raise ValueError(f"{key} is no finite number")
-    return _checked(found)
-
-
-def _checked(found: Row) -> Row:
-    for key in AVERAGED:
-        if found.get(key) is not None and not 0 <= found[key] <= 1:
-            raise ValueError(f"{key} is not between 0 and 1")
     return found
 
 
@@ -140,24 +128,18 @@ def _state(directory: Path, finished: bool) -> tuple[str, str]:
 
 def _is_running(directory: Path) -> bool:
     """Whether a process holds the lock of the run."""
-    try:
-        if not (directory / ".lock").is_file():
-            return False
-        with (directory / ".lock").open("r+", encoding="utf-8") as file:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False  # it is somebody else's
+    with contextlib.suppress(OSError):  # it is somebody else's
+        if (directory / ".lock").is_file():
+            with (directory / ".lock").open("r+", encoding="utf-8") as file:
+                try:
+                    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    return True
     return False
 
 
 def _metrics(file: Path) -> Row:
-    """What metrics.csv tells of a run that may not have come to its end.
-
-    Raises:
-        OSError, ValueError, csv.Error: it is no table.
-    """
+    """What metrics.csv tells of a run that may not have come to its end."""
     text = files.read_text(file, MOST_METRICS)
     if "\0" in text:
         raise ValueError("it holds zero bytes")
@@ -165,16 +147,16 @@ def _metrics(file: Path) -> Row:
         raise ValueError(f"it has more than {MOST_EPOCHS:,} lines")
     epochs = list(csv.DictReader(io.StringIO(text, newline="")))
     result: Row = {"epoch": len(epochs), "seconds": round(sum(as_number(e.get("seconds")) or 0 for e in epochs), 3)}
-    measured = [epoch for epoch in epochs if as_number(epoch.get("val_accuracy")) is not None]
     if epochs:  # without a validation part the last one counts
-        best = max(
-            measured,
-            key=lambda e: (as_number(e["val_accuracy"]), -(as_number(e.get("val_loss")) or 0)),
-            default=epochs[-1],
-        )
+        measured = [epoch for epoch in epochs if as_number(epoch.get("val_accuracy")) is not None]
+        best = max(measured, key=_goodness, default=epochs[-1])
         result |= {key: as_number(best.get(key)) for key in ("train_accuracy", "val_accuracy", "val_loss")}
         result["best_epoch"] = int(as_number(best.get("epoch")) or 0)
-    return _checked(result)
+    return result
+
+
+def _goodness(epoch: dict[str, str]) -> tuple[float, float]:
+    return as_number(epoch["val_accuracy"]) or 0, -(as_number(epoch.get("val_loss")) or 0)
 
 
 def as_number(text: Any) -> float | None:
@@ -184,17 +166,6 @@ def as_number(text: Any) -> float | None:
     except (TypeError, ValueError, OverflowError):
         return None
     return number if math.isfinite(number) else None
-
-
-def flatten(tree: dict[Any, Any], prefix: str = "") -> dict[str, Any]:
-    """`{"optimizer": {"lr": 1}}` as `{"optimizer.lr": 1}`."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -211,16 +182,11 @@ def differing(rows: Sequence[Row]) -> list[str]:
     names = dict.fromkeys(key for row in rows for key in row if key not in NOT_SETTINGS)
     found = []
     for name in names:
-        group = name.partition(".")[0]
-        values: dict[str, set[str]] = {}
-        for row in rows:
-            if name in row:
-                option = str(row.get(group)) if "." in name else ""
-                values.setdefault(option, set()).add(repr(row[name]))
-        if any(len(different) > 1 for different in values.values()):
+        group, dot, _ = name.partition(".")
+        values = {(str(row.get(group)) if dot else "", repr(row[name])) for row in rows if name in row}
+        some_lack = not dot and name not in ALWAYS and any(name not in row for row in rows)  # as of an experiment
+        if some_lack or len(values) > len({option for option, _ in values}):
             found.append(name)
-        elif "." not in name and any(name not in row for row in rows) and name not in ALWAYS:
-            found.append(name)  # an experiment that only some runs name
     return found
 
 
@@ -242,12 +208,7 @@ def column_named(name: str, rows: Sequence[Row]) -> str:
 
 
 _CONDITION = re.compile(r"(?P<name>[\w./@-]+?)\s*(?P<operator>>=|<=|!=|=|>|<)\s*(?P<value>.*)", re.DOTALL)
-_ORDER: dict[str, Callable[[float, float], bool]] = {
-    ">": lambda a, b: a > b,
-    "<": lambda a, b: a < b,
-    ">=": lambda a, b: a >= b,
-    "<=": lambda a, b: a <= b,
-}
+_ORDER = {">": operator.gt, "<": operator.lt, ">=": operator.ge, "<=": operator.le}
 
 
 def matching(rows: Sequence[Row], conditions: Iterable[str]) -> list[Row]:
@@ -261,26 +222,25 @@ def matching(rows: Sequence[Row], conditions: Iterable[str]) -> list[Row]:
         found = _CONDITION.fullmatch(condition)
         if not found:
             raise RequestError(f"--runs {condition}: expected COLUMN=VALUE, COLUMN>NUMBER, sort=COLUMN or output=FILE")
-        column, operator, value = column_named(found["name"], rows), found["operator"], found["value"]
-        if operator in _ORDER:
+        column, sign, value = column_named(found["name"], rows), found["operator"], found["value"]
+        if sign in _ORDER:
             bound = as_number(value)
             if bound is None:
                 raise RequestError(f"--runs {condition}: {value!r} is not a number")
             numbers = [(row, as_number(row.get(column))) for row in kept]
-            kept = [row for row, held in numbers if held is not None and _ORDER[operator](held, bound)]
+            kept = [row for row, number in numbers if number is not None and _ORDER[sign](number, bound)]
         else:
-            kept = [row for row in kept if _is_one_of(row.get(column), value) == (operator == "=")]
+            kept = [row for row in kept if _is_one_of(row.get(column), value) == (sign == "=")]
     return kept
 
 
 def _is_one_of(value: Any, wanted: str) -> bool:
     """Whether a cell is what was typed; commas separate alternatives unless they are part of the value itself."""
-    text = cell(value)
     for alternative in (wanted, *wanted.split(",")):
         number = as_number(alternative)
-        if fnmatch.fnmatchcase(text, alternative) or (number is not None and number == as_number(value)):
+        if alternative == cell(value) or fnmatch.fnmatchcase(cell(value), alternative):
             return True
-        if text == alternative or (value is None and alternative in ("", "null")):
+        if (number is not None and number == as_number(value)) or (value is None and alternative == ""):
             return True
     return False
 
@@ -326,20 +286,9 @@ def mean_over(rows: Sequence[Row], setting: str) -> list[Row]:
 
 def cell(value: Any) -> str:
     """A value as it is typed on the command line."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
     if isinstance(value, float):
         return f"{value:.6g}"
-    if isinstance(value, list):
-        return f"[{','.join(cell(v) for v in value)}]"
-    return str(value)
-
-
-def counted(number: int, thing: str) -> str:
-    """`1 run`, `2 runs`."""
-    return f"{number:,} {thing}" + ("" if number == 1 else "s")
+    return f"[{','.join(map(cell, value))}]" if isinstance(value, list) else as_typed(value)
 
 
 def chosen_by(rows: Sequence[Row]) -> str:
@@ -356,12 +305,18 @@ def shown_columns(rows: Sequence[Row], always: Sequence[str] = ALWAYS) -> list[s
     return [*head, *settings, *tail]
 
 
-def fitting(rows: Sequence[Row], columns: Sequence[str], width: int | None) -> tuple[list[str], list[str]]:
-    """The columns that a terminal of so many characters shows side by side, and those that are left out for it.
+def table(rows: Sequence[Row], columns: Sequence[str], width: int | None = None) -> str:
+    """Aligned text of at most `width` characters a line, if that can be; a long value is cut in its middle.
 
-    Settings go before results, and of these the widest, which say least at a glance, such as lists of transforms.
+    A heading is the last part of a name where that tells it. Where there is not room for all, settings are left out
+    before results, and of these the widest, which say least at a glance, such as lists of transforms.
     """
-    widths = {column: max(map(len, texts)) for column, texts in zip(columns, _texts(rows, columns), strict=True)}
+    last = [column.rpartition(".")[2] for column in columns]
+    texts = {}  # of each column its heading and its cells
+    for column, short in zip(columns, last, strict=True):
+        heading = short if last.count(short) == 1 else column
+        texts[column] = [shortened(heading, WIDEST), *(_shown(row, column) for row in rows)]
+    widths = {column: max(map(len, cells)) for column, cells in texts.items()}
     left_out: list[str] = []
     while width is not None and sum(widths.values()) + 2 * (len(widths) - 1) > width:
         settings = [column for column in reversed(widths) if column not in NOT_SETTINGS and column not in ALWAYS]
@@ -370,35 +325,12 @@ def fitting(rows: Sequence[Row], columns: Sequence[str], width: int | None) -> t
             break
         left_out.append(max(settings, key=widths.__getitem__) if settings else others[0])
         del widths[left_out[-1]]
-    return list(widths), left_out
-
-
-def table(rows: Sequence[Row], columns: Sequence[str], width: int | None = None) -> str:
-    """Aligned text of at most `width` characters a line, if that can be; a long value is cut in its middle.
-
-    A heading is the last part of a name where that is enough to tell it.
-    """
-    columns, left_out = fitting(rows, columns, width)
-    numeric = [all(as_number(row.get(c)) is not None for row in rows if row.get(c) is not None) for c in columns]
-    padded = []
-    for texts, right in zip(_texts(rows, columns), numeric, strict=True):
-        widest = max(map(len, texts))
-        padded.append([f"{text:>{widest}}" if right else f"{text:<{widest}}" for text in texts])
-    lines = ["  ".join(line).rstrip() for line in zip(*padded, strict=True)]
+    numeric = [all(as_number(row.get(c)) is not None for row in rows if row.get(c) is not None) for c in widths]
+    text = terminal.aligned([texts[column] for column in widths], numeric)
     if left_out:
         names = shortened(", ".join(left_out), 200)
-        lines += ["", f"too narrow for {counted(len(left_out), 'column')}: {names}"]
-    return "\n".join(lines)
-
-
-def _texts(rows: Sequence[Row], columns: Sequence[str]) -> list[list[str]]:
-    """Of each column its heading and its cells, safe to print."""
-    last = [column.rpartition(".")[2] for column in columns]
-    headings = [short if last.count(short) == 1 else column for short, column in zip(last, columns, strict=True)]
-    return [
-        [shortened(heading, WIDEST), *(_shown(row, column) for row in rows)]
-        for heading, column in zip(headings, columns, strict=True)
-    ]
+        text += f"\n\ntoo narrow for {counted(len(left_out), 'column')}: {names}"
+    return text
 
 
 def _shown(row: Row, column: str) -> str:
@@ -460,20 +392,22 @@ def command(arguments: Sequence[str], root: Path, width: int | None = None) -> s
         rows = mean_over(rows, column_named(options["mean"], rows))
         if not rows:
             raise RequestError(f"--runs mean={options['mean']}: none of these runs has finished")
-    columns = shown_columns(rows)
-    if "columns" in options:
-        columns = list(dict.fromkeys(column_named(name.strip(), rows) for name in options["columns"].split(",")))
-        width = None
     if "sort" in options:
         rows = sorted_by(rows, options["sort"])
     else:  # the best first within each dataset, which is where accuracies can be compared
         rows = sorted(sorted_by(rows, chosen_by(rows)), key=lambda row: str(row.get("dataset")))
-    if "sort" in options and "columns" not in options:
-        columns = list(dict.fromkeys([*columns, column_named(options["sort"].removeprefix("-"), rows)]))
+    columns = shown_columns(rows)
+    if "columns" in options:
+        columns = [column_named(name.strip(), rows) for name in options["columns"].split(",")]
+        width = None
+    elif "sort" in options:
+        columns.append(column_named(options["sort"].removeprefix("-"), rows))
+    columns = list(dict.fromkeys(columns))
     text = table(rows, columns, width)
     if width is not None and "too narrow" in text:
         text += "; columns= chooses, output=FILE.csv has all"
-    text += f"\n{broken}" if broken else ""
+    if broken:
+        text += f"\n{broken}"
     if "output" in options:
         file, typed = Path(options["output"]), f"output={shortened(options['output'])}"
         if os.path.exists(file) and not os.path.isfile(file):

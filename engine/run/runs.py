@@ -284,7 +284,6 @@ def start_log(file: Path) -> None:
     """Send the log to standard output and, with times, to a file; RequestError if that cannot be opened."""
     stop_log()
     logging.raiseExceptions = False  # a full disk is told by what is lost, not by every line of the log
-    log.setLevel(logging.DEBUG)
     log.propagate = False
     log.disabled = False  # Hydra's set-up of logging disables the loggers that were there before it
     to_terminal = logging.StreamHandler(sys.stdout)

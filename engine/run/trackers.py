@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from engine import files
+from engine.config import leaves
 from engine.errors import RequestError, one_line
 from engine.terminal import log
 
@@ -101,19 +102,9 @@ class Trackers:
 def hyperparameters(config: dict[str, Any]) -> dict[str, Any]:
     """The configuration as one level of names and values, with the option chosen of each group."""
     left_out = ("choices", "logger", "name")
-    flat = _flatten({key: value for key, value in config.items() if key not in left_out})
+    flat = dict(leaves({key: value for key, value in config.items() if key not in left_out}))
     choices = {group: name for group, name in config["choices"].items() if isinstance(name, str)}
     return choices | {name: value for name, value in flat.items() if not name.endswith("_target_")}
-
-
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def _numbers(row: dict[str, Any]) -> dict[str, float]:

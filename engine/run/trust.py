@@ -35,7 +35,6 @@ from typing import Any
 from engine import files
 from engine.config import (
     CONFIGS,
-    GLOBAL_GROUPS,
     ROOT,
     Setting,
     as_typed,
@@ -44,6 +43,7 @@ from engine.config import (
     group_options,
     leaves,
     locate,
+    put,
     read_settings,
 )
 from engine.errors import RequestError, one_line, printable, shortened
@@ -210,7 +210,10 @@ def settings_of(
             f"{where}: {', '.join(refused[:5])}: paths, addresses and names are not taken from a file that was not "
             "made here; say them on the command line"
         )
-    return target, _nested(result, group)
+    built: dict[str, Any] = {group: {}}
+    for name, value in result.items():
+        put(built, name, value)
+    return target, built[group]
 
 
 def evaluation_of(
@@ -300,18 +303,6 @@ def _items(value: Any, under: Any = None) -> Iterator[tuple[Any, Any]]:
         yield under, value
 
 
-def _nested(flat: dict[str, Any], group: str) -> dict[str, Any]:
-    """`{"model.a.b": 1}` as `{"a": {"b": 1}}`."""
-    tree: dict[str, Any] = {}
-    for name, value in flat.items():
-        *path, last = name.split(".")[1:]
-        place = tree
-        for key in path:
-            place = place.setdefault(key, {})
-        place[last] = value
-    return tree
-
-
 def _brief(value: Any) -> str:
     return shortened(as_typed(value), 60)
 
@@ -376,16 +367,6 @@ def parse_config(text: str) -> dict[str, Any]:
 def interpolates(value: Any) -> bool:
     """Whether a text anywhere in it has an interpolation, `${...}`, by which a file could read the environment."""
     return any(isinstance(item, str) and "${" in item for _, item in _items(value))
-
-
-def known_settings(chosen: dict[str, Any], directories: Sequence[Path] = (CONFIGS,)) -> dict[str, Setting]:
-    """Every setting that a training configuration of these choices has."""
-    known = read_settings(find_yaml(directories, "train"), directories=directories)
-    for group, option in chosen.items():
-        for name in option if isinstance(option, list) else [option]:
-            if name is not None and group not in GLOBAL_GROUPS:
-                known |= read_settings(find_yaml(directories, f"{group}/{name}"), f"{group}.", directories, group)
-    return known
 
 
 def taken_over(

@@ -14,11 +14,6 @@ from engine.training.metrics import Tally
 REFRESH = 0.25  # seconds; reading the tally waits for the device
 
 
-def counted(number: int, noun: str) -> str:
-    """`1 image`, `1,797 images`."""
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
-
-
 class Bar:
     """The bar of an epoch on stderr: loss, accuracy, learning rate, images/s; silent if that is no terminal."""
 

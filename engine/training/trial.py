@@ -111,7 +111,7 @@ def _label_maker(criterion: nn.Module, batches: Batches, num_classes: int) -> Ca
     def as_training_does(count: int) -> Tensor:
         indices = torch.zeros(count, dtype=torch.int64, device=batches.device)
         try:
-            return indices if transform is None else batches._targets(transform, indices)
+            return batches.targets(indices)
         except RunError as error:
             raise RequestError(str(error)) from error
 

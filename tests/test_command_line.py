@@ -1,4 +1,4 @@
-"""engine/config.py: help, completion and every wrong request, answered in one line, without torch, leaving nothing."""
+"""The command line: help, completion and every wrong request, answered in one line, without torch, leaving nothing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from conftest import ROOT, Call
 
 from engine import config, terminal
 from engine.command import cli
-from engine.command.cli import setting_rows
+from engine.command.help import setting_rows
 from engine.command.typed import as_meant
 from engine.config import Setting, group_options
 

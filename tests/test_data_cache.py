@@ -32,7 +32,7 @@ def values(top: Path, cache: Path) -> list[int]:
     run = {"batch_size": 8, "seed": 0, "shuffle": False, "drop_last": False, "limit_batches": None, "num_workers": 0}
     found = []
     for name in ("train", "test"):
-        for images, _ in Batches(splits[name], [], run, torch.device("cpu")).epoch():
+        for images, _ in Batches(splits[name], [], torch.device("cpu"), **run).epoch():
             found += (images[:, 0, 0, 0] * 255).round().int().tolist()
     return sorted(found)
 

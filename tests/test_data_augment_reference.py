@@ -274,7 +274,7 @@ def test_random_numbers_of_an_epoch_beyond_those_drawn_at_once(shape: str, batch
     own = {"_target_": f"{__name__}.many_{shape}", "val_fraction": 0.0, "limit": None, "steps_per_epoch": None}
     splits, _ = load_splits({**own, "target_transform": None, "train_transforms": flip, "eval_transforms": []})
     run = {"batch_size": batch_size, "seed": 6, "shuffle": True, "drop_last": False, "limit_batches": None}
-    batches = Batches(splits["train"], flip, {**run, "num_workers": 0}, torch.device("cpu"), training=True)
+    batches = Batches(splits["train"], flip, torch.device("cpu"), training=True, **run)
     order = batches.order(3)[start * batch_size :].tolist()
     images = torch.cat([images for images, _ in batches.epoch(3, start=start)])
     flips = [numbers(6, 3, index, 0, 1)[0] < 0.5 for index in order]

@@ -63,7 +63,7 @@ def batches_of(data_settings, split="train", transforms=None, training=True, **r
     splits, _ = load_splits(data_settings)
     if transforms is None:
         transforms = data_settings["train_transforms" if training else "eval_transforms"]
-    return Batches(splits[split], transforms, {**RUN, **run}, CPU, training)
+    return Batches(splits[split], transforms, CPU, training=training, **{**RUN, **run})
 
 
 def whole_epoch(batches, epoch=1):
@@ -225,7 +225,7 @@ def test_only_cuda_is_sent_batches_without_waiting(monkeypatch):  # on MPS they 
 
 def test_samples_of_one_part_are_placed_on_the_device_once():
     splits, _ = load_splits(settings("in_memory", val_fraction=0.2))
-    placed = [Batches(splits[name], [], RUN, torch.device("meta")).resident for name in ("train", "val", "test")]
+    placed = [Batches(splits[name], [], torch.device("meta"), **RUN).resident for name in ("train", "val", "test")]
     for train, val, test in zip(*placed, strict=True):
         assert train.device.type == "meta" and train is val and train is not test
     del placed, train, val, test
@@ -401,7 +401,7 @@ def test_a_file_that_a_dataset_opens_on_first_use_is_opened_in_each_worker(tmp_p
     expected = torch.from_numpy(pixels).float() / 255
     splits, _ = load_splits(settings("lazy", path=str(tmp_path / "pixels"), val_fraction=0.2))
     run = {**RUN, "num_workers": 3}
-    several = [Batches(splits[name], [], run, CPU, training=name == "train") for name in ("train", "val", "test")]
+    several = [Batches(splits[name], [], CPU, training=name == "train", **run) for name in ("train", "val", "test")]
     assert [batches.sample_shape() for batches in several] == [(3, 2, 2)] * 3
     started = [worker.pid for worker in several[0].workers.loader._iterator._workers]
     for epoch in (1, 2):
@@ -410,7 +410,7 @@ def test_a_file_that_a_dataset_opens_on_first_use_is_opened_in_each_worker(tmp_p
             assert torch.equal(images, expected[batches.order(epoch)])
     assert splits["train"].part.file is None  # nothing was read here
     assert started == [worker.pid for worker in several[0].workers.loader._iterator._workers]
-    alone = Batches(splits["train"], [], RUN, CPU, training=True)
+    alone = Batches(splits["train"], [], CPU, training=True, **RUN)
     assert torch.equal(torch.cat([images for images, _ in alone.epoch(1)]), expected[alone.order(1)])
 
 
@@ -515,7 +515,7 @@ def faulty_stream():
 @pytest.mark.parametrize("workers", [0, 2])
 def test_what_a_users_dataset_raises_is_one_line_with_its_place_and_the_cause(workers):
     line = next(n for n, text in enumerate(Path(__file__).read_text().splitlines(), 1) if '{}["caption"]' in text)
-    says = rf"^sample 7 of Faulty raised KeyError: 'caption' \(test_loader\.py:{line}\)$"
+    says = rf"^sample 7 of Faulty raised KeyError: 'caption' \(test_data_batches\.py:{line}\)$"
     with pytest.raises(RunError, match=says) as told:
         list(batches_of(settings("faulty"), num_workers=workers).epoch(1))
     cause = "".join(traceback.format_exception(told.value))
@@ -524,7 +524,8 @@ def test_what_a_users_dataset_raises_is_one_line_with_its_place_and_the_cause(wo
 
 def test_what_a_users_stream_raises_is_one_line():
     batches = batches_of(settings("faulty_stream", steps_per_epoch=2))
-    with pytest.raises(RunError, match=r"^sample 1 of FaultyStream raised ZeroDivisionError: nothing left \(test_load"):
+    says = r"^sample 1 of FaultyStream raised ZeroDivisionError: nothing left \(test_data_batches"
+    with pytest.raises(RunError, match=says):
         list(batches.epoch(1))
 
 
@@ -593,7 +594,7 @@ def failing(labels, num_classes):
 def test_a_label_transform_that_fails_is_one_line():
     given = settings("in_memory", target_transform=f"{__name__}.failing")
     with pytest.raises(
-        RunError, match=r"target_transform of labels \[8\] raised LookupError: no such class \(test_load"
+        RunError, match=r"target_transform of labels \[8\] raised LookupError: no such class \(test_data_batches"
     ):
         list(batches_of(given).epoch(1))
 
@@ -838,7 +839,7 @@ def test_the_error_says_how_many_images_are_bad_and_the_way_out(photos, broken, 
     with pytest.raises(RunError, match=says + rf"3 of the {count} images of this batch cannot be read; " + way_out):
         list(batches.epoch(1))
     with pytest.raises(RunError, match=says + rf"3 of the {count} images of this batch cannot be read$"):
-        list(Batches(batches.split, [RESIZE], {**RUN, "batch_size": 64}, CPU).epoch(1))
+        list(Batches(batches.split, [RESIZE], CPU, **{**RUN, "batch_size": 64}).epoch(1))
     with pytest.raises(RequestError, match=says + rf"3 of the {count} images cannot be read; " + way_out):
         load_splits({**given, "cache": True, "cache_dir": str(top / "cache"), "eval_transforms": [RESIZE]})
     assert list((top / "cache").iterdir()) == []
@@ -849,7 +850,7 @@ def test_nothing_is_skipped_in_evaluation(broken):
     splits, _ = load_splits(photo_settings(top, skip_unreadable=True))
     assert str(bad) in splits["train"].part.paths
     with pytest.raises(RunError, match=r"green/b\.png"):
-        list(Batches(splits["train"], [RESIZE], RUN, CPU, training=False))
+        list(Batches(splits["train"], [RESIZE], CPU, training=False, **RUN))
 
 
 def test_images_of_different_sizes_need_a_resize(photos):
