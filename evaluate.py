@@ -23,7 +23,7 @@ from engine.data.download import no_downloads
 from engine.data.splits import Split, load_splits
 from engine.data.transforms import parse_transforms
 from engine.errors import RequestError, RunError, counted, printable, shortened
-from engine.pictures import report
+from engine.pictures import evaluation, style
 from engine.run import checkpoint, runs, trust
 from engine.terminal import watched
 from engine.training.metrics import Mistakes, accuracy, evaluate, per_class
@@ -45,7 +45,7 @@ def main(config: dict[str, Any]) -> float:
     device, name = choose_device(config["device"]), config["split"]
     path = Path(config["checkpoint"]) if config["checkpoint"] else runs.newest_best()
     saved = checkpoint.read(path)
-    output = Path(config["output"]) if config["output"] else path.parent / f"{report.EVALUATION[name]}.json"
+    output = Path(config["output"]) if config["output"] else path.parent / f"{evaluation.EVALUATION[name]}.json"
     check_output(output, path)
     config = settings_for(saved, config, path)
     data = config["dataset"]
@@ -101,9 +101,10 @@ def main(config: dict[str, Any]) -> float:
             "confusion": confusion.tolist(),
         },
     )
-    listed = report.beside(output, "mistakes", ".csv")
+    listed = evaluation.beside(output, "mistakes", ".csv")
     drawn = write_mistakes(mistakes, split, classes, listed, data["eval_transforms"])
-    drawn &= report.confusion(confusion, classes, report.beside(output, "confusion"))
+    counts, picture = confusion.cpu().numpy(), evaluation.beside(output, "confusion")
+    drawn &= style.draw(picture, evaluation.confusion_figure, counts, classes)
     beside = f"{listed.name} and pictures" if drawn else listed.name
     print(f"\nwritten to {printable(str(output))}, {printable(beside)} beside it")
     return accuracy(confusion)
@@ -221,13 +222,14 @@ def write_mistakes(
     column, names = names_of(split, errors)
     files.write(file, mistakes_table(column, names, truths, predictions, probabilities, classes))
     first = slice(len(images))
-    return report.mistakes(
-        images,
-        truths[first],
-        predictions[first],
-        probabilities[first],
-        classes,
+    return style.draw(
         file.with_suffix(".png"),
+        evaluation.mistakes_figure,
+        images,
+        truths[first].tolist(),
+        predictions[first].tolist(),
+        probabilities[first].tolist(),
+        classes,
         parse_transforms(transforms, "dataset.eval_transforms"),
         [Path(name).name if column == "file" else f"sample {name}" for name in names[first]],
     )

@@ -20,12 +20,12 @@ from torch import nn
 from torch.optim import Optimizer
 
 from engine import files
-from engine.config import build
+from engine.build import build
 from engine.data.batches import Batches
 from engine.data.devices import choose_device
 from engine.data.splits import Split, fingerprint, load_splits
 from engine.errors import RequestError
-from engine.pictures import report
+from engine.pictures.curves import LiveCurves
 from engine.run import checkpoint, runs, trust
 from engine.run.saver import Saver
 from engine.run.state import Progress, RandomStates
@@ -85,7 +85,7 @@ def main(config: dict[str, Any]) -> float:
     # The epochs.
     clip = config["clip_grad_norm"]
     trackers = Trackers(config, directory, next_epoch=progress.epoch)
-    curves = report.LiveCurves(directory / "curves.png", trained_with)
+    curves = LiveCurves(directory / "curves.png", trained_with)
     with frozen_memory(), curves, trackers, saver:
         while progress.epoch <= config["epochs"] and not stop_early(progress, patience):
             train_epoch(model, batches["train"], criterion, optimizer, schedule, saver, config["epochs"], clip)

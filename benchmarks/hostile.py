@@ -104,7 +104,7 @@ def pool(mark: str, fifo: str, draw: random.Random) -> list[Callable[[], Any]]:
     touch = f"touch {mark}"
     names = [
         *("os.system", "posix.system", "subprocess.run", "builtins.exec", "builtins.eval", "pathlib.Path.touch"),
-        *("datasets.main", "engine.config.build", "engine.config.locate", "train.main", "evaluate.main", "this"),
+        *("datasets.main", "engine.build.build", "engine.build.locate", "train.main", "evaluate.main", "this"),
         *("models.mlp.os.system", "datasets.gzip.os.system", "torchvision.models.get_model", "canary", "antigravity"),
         *(
             "engine.data.download.download",

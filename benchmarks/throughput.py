@@ -42,11 +42,12 @@ from torch import Tensor, nn  # noqa: E402
 
 import datasets  # noqa: E402
 import train  # noqa: E402
-from engine.config import CONFIGS, build, check  # noqa: E402
+from engine.build import build  # noqa: E402
+from engine.config import CONFIGS, check  # noqa: E402
 from engine.data.devices import choose_device  # noqa: E402
 from engine.data.splits import load_splits  # noqa: E402
 from engine.errors import RunError  # noqa: E402
-from engine.pictures import report  # noqa: E402
+from engine.pictures.curves import LiveCurves  # noqa: E402
 from engine.run import checkpoint, runs  # noqa: E402
 from engine.run.saver import Saver  # noqa: E402
 from engine.run.state import Progress, RandomStates  # noqa: E402
@@ -181,7 +182,7 @@ def this_project(setup: Setup) -> Loop:
     folder = Path(directory.name)
     parts |= {"progress": progress, "random": RandomStates()}
     saver = Saver(folder, about, parts, **config["checkpoint"])
-    curves = report.LiveCurves(folder / "curves.png")
+    curves = LiveCurves(folder / "curves.png")
 
     def epoch(directory: Any = directory) -> None:  # in step with train.main, less the validation that others lack
         with Terminal():

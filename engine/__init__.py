@@ -6,7 +6,7 @@ Imports run one way, downwards (`lint-imports` holds it):
     pictures               what people look at
     training               what an epoch is made of
     data | run             from files to batches | a run's folder and all that is kept in it
-    config                 settings: read, checked, built
+    config | build         settings: read and checked | what a `_target_` names is called
     terminal | files       what is printed | what is read and written
     errors                 the ways a run ends
 """

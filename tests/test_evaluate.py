@@ -25,7 +25,7 @@ from torchvision.datasets import FashionMNIST
 from torchvision.transforms import ToTensor
 
 import datasets
-from engine.pictures import report
+from engine.pictures import style
 from engine.run import checkpoint, trust
 from evaluate import by_name
 from models.mlp import MLP
@@ -65,7 +65,7 @@ def empty_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
         path.touch()
         return True
 
-    monkeypatch.setattr(report, "_draw", draw)
+    monkeypatch.setattr(style, "draw", draw)
 
 
 def figures(text: str) -> list[str]:

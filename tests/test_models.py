@@ -7,7 +7,8 @@ import torch
 from conftest import ROOT
 from omegaconf import OmegaConf
 
-from engine.config import build, group_options
+from engine.build import build
+from engine.config import group_options
 
 SHAPES = {  # of the datasets' images; classes
     "digits": ((1, 8, 8), 10),

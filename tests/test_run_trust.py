@@ -48,8 +48,8 @@ def run_made_elsewhere(tmp_path: Path, name: str = "theirs", **changes: Any) -> 
     "dataset",
     [
         {"_target_": "datasets.main", "config": {"dataset": {"_target_": "os.system", "command": "touch it-ran"}}},
-        {"_target_": "engine.config.build", "settings": {"_target_": "os.system", "command": "touch it-ran"}},
-        {"_target_": "engine.config.locate", "target": "canary.module", "option": ""},
+        {"_target_": "engine.build.build", "settings": {"_target_": "os.system", "command": "touch it-ran"}},
+        {"_target_": "engine.build.locate", "target": "canary.module", "option": ""},
         {"_target_": "datasets.fashion_mnist", "root": "."},
         {"_target_": "datasets.digits", "command": "touch it-ran"},
     ],
@@ -77,7 +77,7 @@ def test_a_data_set_is_an_option_with_the_target_of_its_yaml(
         ("torchvision.models.detection.fasterrcnn_resnet50_fpn", False),
         ("torchvision.models.get_model", False),
         ("datasets.main", False),
-        ("engine.config.build", False),
+        ("engine.build.build", False),
         ("train.main", False),
     ],
 )

@@ -514,8 +514,8 @@ def summary(directory: Path, rows: list[dict[str, Any]]) -> str:
         text += f"\ntable    {directory / 'sweep.csv'}"
     except RunError as error:
         text += f"\ntable    not written: {one_line(error)}"
-    from engine.pictures import report  # NumPy takes its time
+    from engine.pictures import style, sweep  # NumPy takes its time
 
-    if report.sweep(rows, shown, best_by, directory / "sweep.png"):
+    if style.draw(directory / "sweep.png", sweep.sweep_figure, rows, shown, best_by, directory.name):
         text += f"\npicture  {directory / 'sweep.png'}"
     return text

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from engine.config import build, locate
+from engine.build import build, locate
 from engine.data.augment import Resize
 from engine.data.images import ImageData, ImageFiles, shown
 from engine.data.reader import cannot_be_read

@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.config import did_you_mean
 from engine.data.augment import BATCH_TRANSFORMS, Resize, Transform, check_size, to_float
 from engine.data.draws import Draws
-from engine.errors import RequestError, RunError, one_line, out_of_memory
+from engine.errors import RequestError, RunError, did_you_mean, one_line, out_of_memory
 
 MOST_VALUES, MOST_NESTED, MOST_TEXT = 1_000, 16, 100  # values and names in it, levels of lists, characters of a text
 MOST_NUMBER = 16_384  # in any argument, but for these, which set the work, or how many times larger an image becomes

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from engine.data.augment import Normalize
 from engine.data.batches import Batches
 from engine.data.images import UNREADABLE, ImageFiles
 from engine.data.splits import Split, load_splits
 from engine.data.transforms import parse_transforms
 from engine.errors import RequestError, RunError, one_line, printable
+from engine.pictures.style import Page, fitted, house_style, viewable
 from engine.terminal import watched
 from engine.training.metrics import class_of
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 BATCH = 256  # samples read at once for the statistics
 
@@ -48,8 +51,12 @@ def _show(config: dict[str, Any], splits: dict[str, Split], classes: list[str]) 
     shown = Batches(splits["train"], settings["train_transforms"], batch_size=config["images"], **how)
     shape = shown.sample_shape()
     images, labels = next(iter(shown.epoch(config["epoch"])))
-    images = without_normalization(images, parse_transforms(settings["train_transforms"], "dataset.train_transforms"))
-    draw(images, [classes[i] for i in class_of(labels).tolist()], Path(config["output"]))
+    pixels = viewable(images, parse_transforms(settings["train_transforms"], "dataset.train_transforms"))
+    try:
+        with house_style():
+            samples_figure(pixels, [classes[i] for i in class_of(labels).tolist()]).savefig(config["output"])
+    except (OSError, ValueError) as error:
+        raise RunError(f"output={config['output']}: cannot be written ({one_line(error, 120)})") from None
 
     plain = [entry for entry in settings["eval_transforms"] if not (isinstance(entry, dict) and "Normalize" in entry)]
     read = Batches(splits["train"], plain, batch_size=BATCH, shuffle=False, **how)
@@ -59,7 +66,8 @@ def _show(config: dict[str, Any], splits: dict[str, Split], classes: list[str]) 
     print(f"{what}, augmented as in epoch {config['epoch']}: {config['output']}\n")
     print(table(classes, counts, {name: split for name, split in splits.items() if name != "train"}))
     print("\nmean and standard deviation of the training images, for train_transforms and eval_transforms:")
-    print(f"  - Normalize: {{mean: [{listed(mean)}], std: [{listed(std)}]}}")
+    mean_listed, std_listed = (", ".join(f"{value:.4f}" for value in values.tolist()) for values in (mean, std))
+    print(f"  - Normalize: {{mean: [{mean_listed}], std: [{std_listed}]}}")
 
 
 def _all_unreadable(splits: dict[str, Split], error: RunError) -> RunError:
@@ -67,29 +75,17 @@ def _all_unreadable(splits: dict[str, Split], error: RunError) -> RunError:
     counts = {}
     for name, split in splits.items():
         if isinstance(split.part, ImageFiles) and split.indices is not None:
-            rows = watched(split.indices.tolist(), f"checking {name}", len(split))
-            counts[name] = sum(not _can_be_read(split.part, row) for row in rows)
+            counts[name] = 0
+            for row in watched(split.indices.tolist(), f"checking {name}", len(split)):
+                try:
+                    split.part.read(row)
+                except RequestError:
+                    counts[name] += 1
     number = sum(counts.values())
     if number < 2:
         return error
     parts = ", ".join(f"{count:,} of {name}" for name, count in counts.items() if count)
     return type(error)(f"{number:,} images cannot be read ({parts}); the first: {error}")
-
-
-def _can_be_read(files: ImageFiles, row: int) -> bool:
-    try:
-        files.read(row)
-    except RequestError:
-        return False
-    return True
-
-
-def without_normalization(images: Tensor, transforms: Sequence[Any]) -> Tensor:
-    """Images as they were before Normalize, clipped to 0 to 1, for looking at."""
-    for transform in transforms:
-        if isinstance(transform, Normalize):
-            images = images * transform.std + transform.mean
-    return images.clamp(0, 1)
 
 
 def statistics(batches: Batches, num_classes: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -109,15 +105,14 @@ def statistics(batches: Batches, num_classes: int) -> tuple[Tensor, Tensor, Tens
 
 def table(classes: Sequence[str], train: Tensor, others: dict[str, Split]) -> str:
     """Samples of every class in every split; a dash where only reading all samples would tell."""
-    columns = {"train": train.tolist(), **{name: _counts(split, len(classes)) for name, split in others.items()}}
-    names = [printable(name) for name in classes]
-    width = max(5, *(len(name) for name in names))
-    lines = [f"{'class':<{width}}" + "".join(f"{name:>9}" for name in columns)]
-    for label, name in enumerate(names):
-        cells = ["-" if counts is None else f"{counts[label]:,}" for counts in columns.values()]
-        lines.append(f"{name:<{width}}" + "".join(f"{cell:>9}" for cell in cells))
-    sums = ["-" if counts is None else f"{sum(counts):,}" for counts in columns.values()]
-    return "\n".join([*lines, f"{'all':<{width}}" + "".join(f"{cell:>9}" for cell in sums)])
+    counted = {"train": train.tolist(), **{name: _counts(split, len(classes)) for name, split in others.items()}}
+    columns = [["class", *(printable(name) for name in classes), "all"]]
+    for name, counts in counted.items():
+        cells = ["-"] * (len(classes) + 1) if counts is None else [f"{count:,}" for count in (*counts, sum(counts))]
+        columns.append([name, *cells])
+    width = max(len(cell) for cell in columns[0])
+    lines = zip(*columns, strict=True)
+    return "\n".join(f"{name:<{width}}" + "".join(f"{cell:>9}" for cell in cells) for name, *cells in lines)
 
 
 def _counts(split: Split, num_classes: int) -> list[int] | None:
@@ -127,34 +122,12 @@ def _counts(split: Split, num_classes: int) -> list[int] | None:
     return torch.as_tensor(labels)[split.indices].bincount(minlength=num_classes).tolist()
 
 
-def listed(values: Tensor) -> str:
-    """Four decimals each, as in a YAML list."""
-    return ", ".join(f"{value:.4f}" for value in values.tolist())
-
-
-def draw(images: Tensor, titles: Sequence[str], path: Path) -> None:
-    """Write images `[n, channels, height, width]`, 0 to 1, as a grid, each with its title.
-
-    Raises:
-        RunError: the file cannot be written.
-    """
-    from matplotlib.figure import Figure  # half a second to import, and only needed here
-
-    columns = math.ceil(math.sqrt(len(images)))
-    rows = math.ceil(len(images) / columns)
-    figure = Figure(figsize=(1.3 * columns, 1.5 * rows), dpi=100, layout="constrained")
-    for axes, number in zip(figure.subplots(rows, columns, squeeze=False).flat, range(rows * columns), strict=True):
-        axes.axis("off")
-        if number >= len(images):
-            continue
-        image = images[number].permute(1, 2, 0)
-        grey = image.shape[2] != 3
-        axes.imshow(image[:, :, 0] if grey else image, cmap="gray" if grey else None, vmin=0, vmax=1)
-        title = titles[number]
-        axes.set_title(
-            title if len(title) <= 16 else title[:15] + "\N{HORIZONTAL ELLIPSIS}", fontsize=8, parse_math=False
-        )
-    try:
-        figure.savefig(path)
-    except (OSError, ValueError) as error:
-        raise RunError(f"output={path}: cannot be written ({one_line(error, 120)})") from None
+def samples_figure(images: np.ndarray, titles: Sequence[str]) -> Figure:
+    """Images as `style.viewable` gives them, as a grid, each with its title."""
+    columns, width, height = math.ceil(math.sqrt(len(images))), 130, 150
+    page = Page(width * columns, height * math.ceil(len(images) / columns))
+    for place, (pixels, title) in enumerate(zip(images, titles, strict=True)):
+        left, top = place % columns * width, place // columns * height
+        page.write(left + width / 2, top + 14, fitted(title, 8, width - 8), 8, "center")
+        page.show(pixels, left + 4, top + 26, width - 8)
+    return page.figure

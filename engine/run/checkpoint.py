@@ -22,7 +22,7 @@ import yaml
 from torch import Tensor, nn
 
 from engine import files
-from engine.config import build
+from engine.build import build
 from engine.errors import RequestError, one_line, printable
 from engine.run import archive, trust
 

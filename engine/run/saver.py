@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from engine.config import build
+from engine.build import build
 from engine.errors import Interrupted, RequestError, RunError, one_line, out_of_memory, shortened
 from engine.run import checkpoint
 from engine.run.runs import COLUMNS

@@ -22,9 +22,6 @@ from engine.config import leaves
 from engine.errors import RequestError, one_line
 from engine.terminal import log
 
-# What a tracker needs, and the extra that brings it. csv needs nothing: the run writes metrics.csv whatever is chosen.
-PACKAGES: dict[str, str | None] = {"csv": None, "tensorboard": "tensorboard", "mlflow": "mlflow", "wandb": "wandb"}
-
 
 def check_installed(names: Iterable[str]) -> None:
     """Refuse trackers that are not there, before anything else is imported.
@@ -33,9 +30,8 @@ def check_installed(names: Iterable[str]) -> None:
         RequestError: with the command that installs the missing one.
     """
     for name in names:
-        package = PACKAGES.get(name)
-        if package and importlib.util.find_spec(package) is None:
-            raise RequestError(f"logger={name}: {package} is not installed: pip install '.[{name}]'")
+        if name in KINDS and importlib.util.find_spec(name) is None:
+            raise RequestError(f"logger={name}: {name} is not installed: pip install '.[{name}]'")
 
 
 class Tracker(Protocol):
@@ -60,12 +56,13 @@ class Trackers:
             next_epoch: the first epoch that will be told; later than 1 where a run is resumed.
         """
         self.directory = directory
-        self.settings: dict[str, dict[str, Any]] = {
-            k: v or {} for k, v in (config.get("logger") or {}).items() if k in KINDS
-        }
+        chosen = config.get("logger") or {}
+        self.settings: dict[str, dict[str, Any]] = {name: chosen[name] or {} for name in KINDS if name in chosen}
         self.trackers: dict[str, Tracker] = {}
         for name, settings in self.settings.items():
-            self._try(name, lambda: self.trackers.update({name: KINDS[name](config, settings, directory, next_epoch)}))  # noqa: B023
+            tracker = self._try(name, KINDS[name], config, settings, directory, next_epoch)
+            if tracker is not None:
+                self.trackers[name] = tracker
 
     def __enter__(self) -> Trackers:
         return self
@@ -78,25 +75,21 @@ class Trackers:
     def epoch(self, row: dict[str, Any]) -> None:
         """Tell all trackers an epoch's row of metrics."""
         for name, tracker in list(self.trackers.items()):
-            self._try(name, lambda: tracker.epoch(row))  # noqa: B023
+            self._try(name, tracker.epoch, row)
 
     def finish(self, summary: dict[str, Any] | None = None) -> None:
         """Tell all trackers the result, None where the run failed or was stopped, and close them; once only."""
         for name, tracker in list(self.trackers.items()):
             pictures = sorted(self.directory.glob("*.png")) if self.settings[name].get("pictures") else []
-            self._try(name, lambda: tracker.finish(summary, pictures))  # noqa: B023
+            self._try(name, tracker.finish, summary, pictures)
         self.trackers.clear()
 
-    def _try(self, name: str, call: Callable[[], Any]) -> None:
+    def _try(self, name: str, call: Callable[..., Any], *arguments: Any) -> Any:
         try:
-            call()
+            return call(*arguments)
         except Exception as error:  # whatever a tracker does, the run goes on
             log.info(f"tracker  {name} failed and is left out from here on: {type(error).__name__}: {one_line(error)}")
             self.trackers.pop(name, None)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What they are told
 
 
 def hyperparameters(config: dict[str, Any]) -> dict[str, Any]:
@@ -108,16 +101,14 @@ def hyperparameters(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _numbers(row: dict[str, Any]) -> dict[str, float]:
-    return {
-        k: float(v) for k, v in row.items() if isinstance(v, (int, float)) and not isinstance(v, bool) and k != "epoch"
-    }
+    return {name: float(value) for name, value in row.items() if name != "epoch" and value is not None}
 
 
 def _results(summary: dict[str, Any] | None) -> dict[str, float]:
     """What a run came to, under names that no epoch's metric has."""
     summary = summary or {}
-    values = {"test_accuracy": "test_accuracy", "test_loss": "test_loss", "best_val_accuracy": "val_accuracy"}
-    return {name: float(summary[key]) for name, key in values.items() if summary.get(key) is not None}
+    keys = {"test_accuracy": "test_accuracy", "test_loss": "test_loss", "best_val_accuracy": "val_accuracy"}
+    return _numbers({name: summary.get(key) for name, key in keys.items()})
 
 
 def _remembered(directory: Path, name: str, new: Callable[[], str]) -> tuple[str, bool]:
@@ -129,11 +120,9 @@ def _remembered(directory: Path, name: str, new: Callable[[], str]) -> tuple[str
         the identity, and whether it is there from before.
     """
     file = directory / "trackers.json"
-    known = {
-        key: value
-        for key, value in files.read_json(file).items()
-        if isinstance(value, str) and re.fullmatch(r"[A-Za-z0-9_-]{1,64}", value)  # it becomes part of file names
-    }
+    pattern = r"[A-Za-z0-9_-]{1,64}"  # it becomes part of file names
+    found = files.read_json(file).items()
+    known = {key: value for key, value in found if isinstance(value, str) and re.fullmatch(pattern, value)}
     if name in known:
         return known[name], True
     if file.exists() and not known:
@@ -147,10 +136,6 @@ def _run_name(directory: Path) -> str:
     """`sweep/run` for a run of a sweep, else `run`."""
     in_sweep = (directory.parent / "sweep.json").is_file()
     return f"{directory.parent.name}/{directory.name}" if in_sweep else directory.name
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# TensorBoard
 
 
 class TensorBoard:
@@ -187,10 +172,6 @@ class TensorBoard:
         self.writer.close()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# MLflow
-
-
 class MLflow:
     """A run in MLflow's database. Its store of plain files is refused: it errors from Python 3.13 on."""
 
@@ -199,21 +180,21 @@ class MLflow:
             raise ValueError(f"uri={settings['uri']}: expected a database such as sqlite:///checkpoints/mlflow.db")
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # nobody asked to send anything anywhere
         from mlflow.entities import Metric, Param
-        from mlflow.tracking import MlflowClient
 
         logging.getLogger("alembic").setLevel(logging.WARNING)  # it tells every table of a new database
         logging.getLogger("mlflow").setLevel(logging.WARNING)
         self.metric = Metric
-        self.client, experiment = _patiently(lambda: _open_mlflow(MlflowClient, settings))
-        self.run, known = _remembered(directory, "mlflow", lambda: self._create(experiment, directory))
+        self.client, experiment = _patiently(lambda: _open_mlflow(settings))
+
+        def create() -> str:
+            return str(self.client.create_run(experiment, run_name=_run_name(directory)).info.run_id)
+
+        self.run, known = _remembered(directory, "mlflow", create)
         if known:
             self.client.update_run(self.run, status="RUNNING")
         else:
             params = [Param(name, str(value)[:6000]) for name, value in hyperparameters(config).items()]
             self.client.log_batch(self.run, params=params)
-
-    def _create(self, experiment: str, directory: Path) -> str:
-        return str(self.client.create_run(experiment, run_name=_run_name(directory)).info.run_id)
 
     def epoch(self, row: dict[str, Any]) -> None:
         """All metrics of the epoch in one transaction."""
@@ -229,33 +210,29 @@ class MLflow:
         self.client.set_terminated(self.run, "FAILED" if summary is None else "FINISHED")
 
 
-def _open_mlflow(client_class: Any, settings: dict[str, Any]) -> tuple[Any, str]:
+def _open_mlflow(settings: dict[str, Any]) -> tuple[Any, str]:
     """A client, and the number of the experiment, made where it is new."""
-    uri = settings["uri"]
-    if uri.startswith("sqlite:///"):
-        Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-    client = client_class(tracking_uri=uri)
+    from mlflow.tracking import MlflowClient
+
+    scheme, _, file = settings["uri"].partition(":///")
+    if scheme == "sqlite":
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+    client = MlflowClient(tracking_uri=settings["uri"])
     found = client.get_experiment_by_name(settings["experiment"])
     if found is not None:
-        return client, str(found.experiment_id)
+        return client, found.experiment_id
     folder = Path(settings["artifacts"]).resolve()
-    return client, str(client.create_experiment(settings["experiment"], artifact_location=folder.as_uri()))
+    return client, client.create_experiment(settings["experiment"], artifact_location=folder.as_uri())
 
 
 def _patiently(call: Callable[[], Any], attempts: int = 5) -> Any:
     """Try again after a moment: jobs of a sweep that start together may all find a database without tables."""
-    for attempt in range(1, attempts + 1):
+    for attempt in range(1, attempts):
         try:
             return call()
         except Exception:
-            if attempt == attempts:
-                raise
             time.sleep(0.5 * attempt)
-    raise AssertionError
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Weights & Biases
+    return call()
 
 
 class WandB:
@@ -291,4 +268,5 @@ class WandB:
         self.run.finish(exit_code=1 if summary is None else 0)
 
 
+# By the package that each needs, which is also its name in `logger=` and the extra that installs it.
 KINDS: dict[str, Callable[..., Tracker]] = {"tensorboard": TensorBoard, "mlflow": MLflow, "wandb": WandB}

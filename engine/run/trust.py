@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from engine import files
+from engine.build import locate
 from engine.config import (
     CONFIGS,
     ROOT,
@@ -42,7 +43,6 @@ from engine.config import (
     find_yaml,
     group_options,
     leaves,
-    locate,
     put,
     read_settings,
 )

@@ -11,7 +11,7 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from engine.config import build, locate
+from engine.build import build, locate
 from engine.errors import RequestError
 
 

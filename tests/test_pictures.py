@@ -26,7 +26,8 @@ import evaluate as evaluate_program
 import predict
 import train
 from engine.data.augment import Normalize
-from engine.pictures import report
+from engine.pictures import curves, evaluation, style, sweep
+from engine.pictures.curves import LiveCurves
 from engine.run import compare
 from engine.terminal import watched
 from engine.training.metrics import Mistakes, evaluate, loss_name
@@ -51,6 +52,10 @@ def history(epochs: int, validation: bool = True, lr: float = 0.1, scale: float 
         }
         for epoch in range(1, epochs + 1)
     ]
+
+
+def draw_curves(rows: list[dict[str, Any]], path: Path) -> bool:
+    return style.draw(path, curves.curves_figure, rows, "run")
 
 
 def counts(number: int) -> np.ndarray:
@@ -85,7 +90,7 @@ def assert_readable(figure: Figure) -> None:
     shown = [text for text in texts(figure) if text.get_text().strip()]
     assert shown
     boxes = np.array([text.get_window_extent().extents for text in shown])
-    width, height = figure.get_size_inches() * report.DPI
+    width, height = figure.get_size_inches() * style.DPI
     for text, (left, bottom, right, top) in zip(shown, boxes, strict=True):
         assert left >= 0 and bottom >= 0 and right <= width and top <= height, f"{text.get_text()!r} is cut off"
         assert float(text.get_fontsize()) >= 8, f"{text.get_text()!r} is {text.get_fontsize()} points"
@@ -103,12 +108,12 @@ def assert_readable(figure: Figure) -> None:
 
 
 def test_the_check_itself_sees_clipping_and_overlap() -> None:
-    with report.house_style():
-        figure = report._new_figure(200, 100)
+    with style.house_style():
+        figure = style.Page(200, 100).figure
         figure.text(0.9, 0.5, "too far to the right")
         with pytest.raises(AssertionError, match="cut off"):
             assert_readable(figure)
-        figure = report._new_figure(400, 100)
+        figure = style.Page(400, 100).figure
         figure.text(0.1, 0.5, "one text")
         figure.text(0.12, 0.52, "another")
         with pytest.raises(AssertionError, match="lies on"):
@@ -133,14 +138,14 @@ def test_the_check_itself_sees_clipping_and_overlap() -> None:
     ids=["one", "no validation", "large", "small rate", "long", "not finite", "never finite"],
 )
 def test_curves_are_readable(rows: list[dict[str, Any]]) -> None:
-    with report.house_style():
-        assert_readable(report.curves_figure(rows, "2026-11-21_10-00-00_resnet18_fashion_mnist_with_a_long_$name$" * 2))
+    with style.house_style():
+        assert_readable(curves.curves_figure(rows, "2026-11-21_10-00-00_resnet18_fashion_mnist_with_a_long_$name$" * 2))
 
 
 def test_curves_show_the_history(tmp_path: Path) -> None:
     rows = history(5)
-    with report.house_style():
-        figure = report.curves_figure(rows, "run")
+    with style.house_style():
+        figure = curves.curves_figure(rows, "run")
     shown = {
         (axes.get_title(loc="left"), line.get_label()): np.asarray(line.get_ydata()).tolist()
         for axes in figure.axes
@@ -158,9 +163,9 @@ def test_curves_show_the_history(tmp_path: Path) -> None:
     assert shown["Learning rate", "learning rate"] == [row["lr"] for row in rows]
     assert "in epoch 5 of 5" in figure.texts[0].get_text()
     tied = [{**row, "val_accuracy": 0.5} for row in rows]  # then the lower loss is the better, as for best.pt
-    assert report._best_so_far(tied) == ": best validation accuracy 50.00%, in epoch 5 of 5"
+    assert curves._best_so_far(tied) == ": best validation accuracy 50.00%, in epoch 5 of 5"
 
-    assert report.curves(rows, tmp_path / "curves.png")
+    assert draw_curves(rows, tmp_path / "curves.png")
     with Image.open(tmp_path / "curves.png") as image:
         image.load()
         assert image.format == "PNG" and image.size == (1350, 450)
@@ -178,19 +183,19 @@ def panels(figure: Figure) -> dict[str, tuple[str, set[str]]]:
 def test_one_axis_shows_one_quantity() -> None:
     rest = {"Accuracy": ("", {"training", "validation"}), "Learning rate": ("", {"learning rate"})}
     plain = "cross-entropy in nats"
-    with report.house_style():
+    with style.house_style():
         both = {"Loss": (plain, {"training", "validation"})}
-        assert panels(report.curves_figure(history(3), "run")) == {**both, **rest}
+        assert panels(curves.curves_figure(history(3), "run")) == {**both, **rest}
         for other in ("MSELoss", "cross-entropy with class weights and label_smoothing=0.1 and some more words"):
             for rows in (history(1000, scale=1e6), history(1)):
-                figure = report.curves_figure(rows, "run", other)
+                figure = curves.curves_figure(rows, "run", other)
                 assert_readable(figure)
                 found = panels(figure)
                 assert found.pop("Validation loss") == (plain, {"validation"})
                 measured, lines = found.pop("Training loss")
                 assert measured.startswith(other[:7]) and lines == {"training"} and found == rest
                 assert [text.get_text() for text in figure.legends[0].get_texts()] == ["training", "validation"]
-            figure = report.curves_figure(history(3, validation=False), "run", other)
+            figure = curves.curves_figure(history(3, validation=False), "run", other)
             assert_readable(figure)
             assert list(panels(figure)) == ["Training loss", "Accuracy", "Learning rate"]
 
@@ -213,7 +218,7 @@ def test_what_is_trained_with_has_a_name(criterion: torch.nn.Module, transform: 
 
 def test_a_run_says_what_its_losses_are(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[Any] = []
-    monkeypatch.setattr(report, "_draw", lambda path, make, *arguments: drawn.append(arguments[2:]) or True)
+    monkeypatch.setattr(style, "draw", lambda path, make, *arguments: drawn.append(arguments[2:]) or True)
     told = "loss     cross-entropy with label_smoothing=0.1 in training, plain cross-entropy in validation and test"
     answer = call("train", "limit_batches=1", "epochs=1", "model.hidden=[4]", "criterion.label_smoothing=0.1")
     assert told in answer.out.splitlines()
@@ -223,15 +228,15 @@ def test_a_run_says_what_its_losses_are(call: Call, tmp_path: Path, monkeypatch:
 def test_live_curves_take_a_hundredth_of_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now, drawn = [0.0], []
 
-    def draw(rows: Any, path: Path, trained_with: str | None) -> bool:
+    def draw(path: Path, make: Any, rows: Any, *_: Any) -> bool:
         drawn.append((now[0], len(rows)))
         now[0] += 0.2
         return True
 
-    monkeypatch.setattr(report.time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(report, "curves", draw)
+    monkeypatch.setattr(curves.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(style, "draw", draw)
     rows = history(300)
-    with report.LiveCurves(tmp_path / "curves.png") as live:
+    with LiveCurves(tmp_path / "curves.png") as live:
         for epoch in range(1, 301):
             now[0] += 1
             live.update(rows[:epoch])
@@ -244,7 +249,7 @@ def test_live_curves_take_a_hundredth_of_the_time(tmp_path: Path, monkeypatch: p
 @pytest.mark.parametrize("how", ["ended", "stopped"])
 def test_live_curves_are_drawn_at_the_end(tmp_path: Path, how: str) -> None:
     try:
-        with report.LiveCurves(tmp_path / "curves.png") as live:
+        with LiveCurves(tmp_path / "curves.png") as live:
             live.update(history(3))
             assert not (tmp_path / "curves.png").exists()
             if how == "stopped":
@@ -261,25 +266,25 @@ def test_live_curves_are_drawn_at_the_end(tmp_path: Path, how: str) -> None:
 @pytest.mark.parametrize("number", [2, 10, 20, 21, 47, 100, 101, 300])
 def test_confusion_is_readable(number: int) -> None:
     names = [f"{NAMES[place % 100]}{place // 100 or ''}" for place in range(number)]
-    with report.house_style():
-        figure = report.confusion_figure(counts(number), names)
+    with style.house_style():
+        figure = evaluation.confusion_figure(counts(number), names)
         assert_readable(figure)
-    assert max(figure.get_size_inches() * report.DPI) <= 1400  # a screen shows it unscaled
+    assert max(figure.get_size_inches() * style.DPI) <= 1400  # a screen shows it unscaled
 
 
 def test_confusion_takes_odd_names_as_they_are() -> None:
-    with report.house_style():
-        figure = report.confusion_figure(counts(10), ODD)
+    with style.house_style():
+        figure = evaluation.confusion_figure(counts(10), ODD)
         assert_readable(figure)
         labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
         assert labels[0] == "a$b$" and "\n" not in labels[1]
-        assert_readable(report.confusion_figure(counts(60), ODD * 6))
+        assert_readable(evaluation.confusion_figure(counts(60), ODD * 6))
 
 
 def test_small_confusion_tells_counts_and_rates() -> None:
     matrix = np.array([[3, 1, 0], [0, 1000, 0], [0, 0, 0]])
-    with report.house_style():
-        figure = report.confusion_figure(matrix, ["cat", "dog", "cow"])
+    with style.house_style():
+        figure = evaluation.confusion_figure(matrix, ["cat", "dog", "cow"])
     cells: dict[Any, list[str]] = {
         (text.get_position()[0], round(text.get_position()[1])): [] for text in figure.axes[0].texts
     }
@@ -293,8 +298,8 @@ def test_large_confusion_tells_counts_rates_and_names() -> None:
     matrix = np.diag(np.full(40, 50))
     matrix[7, 9] = 12
     names = [f"class {place}" for place in range(40)]
-    with report.house_style():
-        said = [text.get_text() for text in report.confusion_figure(matrix, names).texts]
+    with style.house_style():
+        said = [text.get_text() for text in evaluation.confusion_figure(matrix, names).texts]
     at = said.index("class 7 → class 9")
     assert said[at - 2 : at] == ["12", _percent(12 / 62)]
     assert set(names) < set(said)  # each in the list of recalls
@@ -307,7 +312,13 @@ def _percent(rate: float) -> str:
 
 
 def test_rates_are_not_rounded_to_none_or_all() -> None:
-    assert [report._percent(rate) for rate in (0, 1e-6, 0.5, 0.99999, 1)] == ["0%", "0.1%", "50.0%", "99.9%", "100%"]
+    assert [evaluation._percent(rate) for rate in (0, 1e-6, 0.5, 0.99999, 1)] == [
+        "0%",
+        "0.1%",
+        "50.0%",
+        "99.9%",
+        "100%",
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -318,9 +329,9 @@ def test_rates_are_not_rounded_to_none_or_all() -> None:
 def test_mistakes_are_readable(number: int, channels: int) -> None:
     images = torch.rand(number, channels, 9, 12, generator=torch.Generator().manual_seed(0))
     places = [place % 10 for place in range(number)]
-    with report.house_style():
+    with style.house_style():
         for names in (NAMES, ODD):
-            figure = report.mistakes_figure(images, places, places[::-1], [0.987] * number, names)
+            figure = evaluation.mistakes_figure(images, places, places[::-1], [0.987] * number, names)
             assert_readable(figure)
             assert len(figure.axes) == min(24, number)
 
@@ -328,8 +339,10 @@ def test_mistakes_are_readable(number: int, channels: int) -> None:
 def test_mistakes_show_the_images_before_normalising() -> None:
     images = torch.rand(3, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     normalize = Normalize([0.4, 0.5, 0.6], [0.2, 0.3, 0.4])
-    with report.house_style():
-        figure = report.mistakes_figure(normalize(images.clone()), [0, 1, 2], [1, 2, 0], [0.9] * 3, "abc", [normalize])
+    with style.house_style():
+        figure = evaluation.mistakes_figure(
+            normalize(images.clone()), [0, 1, 2], [1, 2, 0], [0.9] * 3, "abc", [normalize]
+        )
     for image, axes in zip(images, figure.axes, strict=True):
         np.testing.assert_allclose(np.asarray(axes.images[0].get_array()), image.permute(1, 2, 0).numpy(), atol=1e-6)
 
@@ -370,12 +383,12 @@ def test_no_mistakes_where_all_is_right() -> None:
 def test_mistakes_name_the_files() -> None:
     images, places = torch.zeros(8, 3, 4, 4), list(range(8))
     files = [f"IMG_{n:04}.jpeg" for n in range(7)] + ["a_very_long_name_of_a_photograph_of_the_sea_in_2021-07-13.png"]
-    with report.house_style():
-        figure = report.mistakes_figure(images, places, places[::-1], [0.9] * 8, NAMES, names=files)
+    with style.house_style():
+        figure = evaluation.mistakes_figure(images, places, places[::-1], [0.9] * 8, NAMES, names=files)
         assert_readable(figure)
         shown = [text.get_text() for text in figure.texts]
         assert set(files[:7]) < set(shown) and any(text.startswith("a_very") and "…" in text for text in shown)
-        assert_readable(report.mistakes_figure(images[:1], [0], [1], [0.9], NAMES, names=["sample 12345"]))
+        assert_readable(evaluation.mistakes_figure(images[:1], [0], [1], [0.9], NAMES, names=["sample 12345"]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -416,28 +429,28 @@ SWEEPS: dict[str, list[dict[str, Any]]] = {
 def test_a_sweep_is_readable(kind: str) -> None:
     rows = SWEEPS[kind]
     shown = compare.mean_over(rows, "seed") if len({row["seed"] for row in rows}) > 1 else rows
-    with report.house_style():
-        figure = report.sweep_figure(rows, compare.sorted_by(shown, "val_accuracy"), "val_accuracy", NAMES[0])
+    with style.house_style():
+        figure = sweep.sweep_figure(rows, compare.sorted_by(shown, "val_accuracy"), "val_accuracy", NAMES[0])
         assert_readable(figure)
-    assert max(figure.get_size_inches() * report.DPI) <= 1920
+    assert max(figure.get_size_inches() * style.DPI) <= 1920
 
 
 def test_a_sweep_shows_every_run_where_it_belongs(tmp_path: Path) -> None:
     rows = runs_of(2, optimizer__lr=[1e-3, 0.1], model=["mlp", "cnn"])
     shown = compare.sorted_by(compare.mean_over(rows, "seed"), "val_accuracy")
-    with report.house_style():
-        listed, *settings = report.sweep_figure(rows, shown, "val_accuracy", "rates").axes
+    with style.house_style():
+        listed, *settings = sweep.sweep_figure(rows, shown, "val_accuracy", "rates").axes
     places = [label.get_text() for label in listed.get_yticklabels()]
     dots = {
         (places[round(float(y))], float(x))
         for line in listed.lines
-        if line.get_color() == report.BLUE
+        if line.get_color() == style.BLUE
         for x, y in zip(line.get_xdata(), line.get_ydata(), strict=True)  # type: ignore[arg-type]
     }
     assert dots == {(f"model={row['model']}  lr={row['optimizer.lr']:g}", row["val_accuracy"]) for row in rows}
     means = [np.mean([x for name, x in dots if name == place]) for place in places]
     assert means == sorted(means, reverse=True)
-    others = [line for line in listed.lines if line.get_marker() == "o" and line.get_color() != report.BLUE]
+    others = [line for line in listed.lines if line.get_marker() == "o" and line.get_color() != style.BLUE]
     rings = [np.asarray(line.get_xdata())[0] for line in others]
     assert rings == pytest.approx(means)
     by_name = {axes.get_title(loc="left"): axes for axes in settings}
@@ -446,15 +459,16 @@ def test_a_sweep_shows_every_run_where_it_belongs(tmp_path: Path) -> None:
     points = set(zip(line.get_xdata(), line.get_ydata(), strict=True))  # type: ignore[arg-type]
     assert points == {(row["optimizer.lr"], row["val_accuracy"]) for row in rows}
 
-    assert report.sweep(rows, shown, "val_accuracy", tmp_path / "sweep.png")
+    assert style.draw(tmp_path / "sweep.png", sweep.sweep_figure, rows, shown, "val_accuracy", "rates")
     assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_sweep_is_drawn_without_torch(tmp_path: Path) -> None:
     program = (
-        "import sys; from pathlib import Path; sys.modules['torch'] = None; from engine.pictures import report\n"
+        "import sys; from pathlib import Path; sys.modules['torch'] = None; from engine.pictures import style, sweep\n"
         "rows = [dict(run=str(n), state='finished', val_accuracy=n / 9, model='mlp', lr=n) for n in (1, 2)]\n"
-        f"assert report.sweep(rows, rows, 'val_accuracy', Path({str(tmp_path / 's.png')!r}))\n"
+        f"path = Path({str(tmp_path / 's.png')!r})\n"
+        "assert style.draw(path, sweep.sweep_figure, rows, rows, 'val_accuracy', 'rates')\n"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -500,7 +514,7 @@ def test_evaluations_are_watched(call: Call, monkeypatch: pytest.MonkeyPatch) ->
     for module in (train, evaluate_program, predict):
         monkeypatch.setattr(module, "watched", watch)
         monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr(report, "_draw", lambda *_: True)
+    monkeypatch.setattr(style, "draw", lambda *_: True)
     Image.fromarray(np.zeros((8, 8), dtype=np.uint8)).save("a.png")
     assert call("train", "epochs=1", "batch_size=100", "model.hidden=[4]").code == 0
     assert call("evaluate").code == 0 and call("predict", "images=a.png").code == 0
@@ -522,7 +536,7 @@ def test_a_picture_that_fails_is_one_line(
         monkeypatch.setattr(Figure, "savefig", lambda *_, **__: 1 / 0)
     else:
         path = tmp_path / "no such folder" / "curves.png"
-    with report.LiveCurves(path, share=1e9) as live:
+    with LiveCurves(path, share=1e9) as live:
         for epochs in (1, 2, 3):
             live.update(history(epochs))
     [line] = capsys.readouterr().err.splitlines()
@@ -531,15 +545,15 @@ def test_a_picture_that_fails_is_one_line(
 
 
 def test_a_picture_that_fails_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert report.curves(history(1), tmp_path / "curves.png")
+    assert draw_curves(history(1), tmp_path / "curves.png")
     before = (tmp_path / "curves.png").read_bytes()
 
-    def half_written(self: Figure, path: Path, **_: Any) -> None:
-        path.write_bytes(b"half")
+    def half_written(self: Figure, file: io.BytesIO, **_: Any) -> None:
+        file.write(b"half")
         raise OSError("No space left on device")
 
     monkeypatch.setattr(Figure, "savefig", half_written)
-    assert not report.curves(history(2), tmp_path / "curves.png")
+    assert not draw_curves(history(2), tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["curves.png"]
 
@@ -547,9 +561,9 @@ def test_a_picture_that_fails_leaves_the_one_before(tmp_path: Path, monkeypatch:
 def test_settings_of_matplotlib_are_neither_used_nor_changed(tmp_path: Path) -> None:
     import matplotlib
 
-    assert report.curves(history(2), tmp_path / "plain.png")
+    assert draw_curves(history(2), tmp_path / "plain.png")
     with matplotlib.rc_context({"font.size": 33, "axes.facecolor": "red", "savefig.dpi": 300}):
-        assert report.curves(history(2), tmp_path / "plain2.png")
+        assert draw_curves(history(2), tmp_path / "plain2.png")
         assert matplotlib.rcParams["font.size"] == 33
     with Image.open(tmp_path / "plain2.png") as image:
         assert image.size == (1350, 450)
@@ -558,10 +572,10 @@ def test_settings_of_matplotlib_are_neither_used_nor_changed(tmp_path: Path) -> 
 
 def test_matplotlib_is_imported_when_drawn_and_pyplot_never(tmp_path: Path) -> None:
     program = (
-        "import sys; from pathlib import Path; from engine.pictures import report\n"
+        "import sys; from pathlib import Path; from engine.pictures import curves, style\n"
         "assert 'matplotlib' not in sys.modules\n"
         "row = dict(epoch=1, train_loss=1., train_accuracy=.5, val_loss=None, val_accuracy=None, lr=.1)\n"
-        f"assert report.curves([row], Path({str(tmp_path / 'c.png')!r}))\n"
+        f"assert style.draw(Path({str(tmp_path / 'c.png')!r}), curves.curves_figure, [row], 'run')\n"
         "assert 'matplotlib' in sys.modules and 'matplotlib.pyplot' not in sys.modules\n"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
@@ -569,8 +583,8 @@ def test_matplotlib_is_imported_when_drawn_and_pyplot_never(tmp_path: Path) -> N
 
 
 def test_pictures_of_two_evaluations_in_a_folder_do_not_meet() -> None:
-    assert report.beside(Path("run/evaluation.json"), "confusion") == Path("run/confusion.png")
-    assert report.beside(Path("run/other.json"), "confusion") == Path("run/other_confusion.png")
+    assert evaluation.beside(Path("run/evaluation.json"), "confusion") == Path("run/confusion.png")
+    assert evaluation.beside(Path("run/other.json"), "confusion") == Path("run/other_confusion.png")
 
 
 def without_matplotlib(_: str) -> None:
