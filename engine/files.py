@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import stat
+import zipfile
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -17,6 +18,7 @@ import yaml
 from engine.errors import RunError, one_line
 
 MOST_TEXT = 1 << 24  # bytes of a text file that a run writes: its configuration, its metrics, a sweep's list of jobs
+MOST_DIRECTORY = 2 << 20  # bytes of an archive's table of contents; a checkpoint has fewer than 100 a tensor
 MOST_NODES = 20_000  # of a YAML file
 MOST_DIGITS = 100  # of a number in a YAML file
 MOST_NESTED = 40  # levels of a YAML or JSON file
@@ -31,6 +33,34 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
     if not stat.S_ISREG(os.stat(path).st_mode):  # asked before it is opened, which a device may feel
         raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
     return os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+
+
+class _WithSmallTable:
+    """An archive's file, from which zipfile reads the table of contents in one piece, wherever it finds how long it is.
+
+    A large one would take much time and memory before anything of it is looked at. Records are read in smaller pieces.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.seek, self.tell, self.seekable = file.seek, file.tell, file.seekable
+        self._read = file.read
+
+    def read(self, count: int = -1) -> bytes:
+        if count > MOST_DIRECTORY:
+            raise ValueError(f"its table of contents takes {count:,} bytes; that of a checkpoint is smaller")
+        return self._read(count)
+
+
+def open_archive(file: BinaryIO) -> zipfile.ZipFile:
+    """The ZIP archive in a file; its records are to be read in pieces of at most MOST_DIRECTORY bytes.
+
+    Raises:
+        ValueError, zipfile.BadZipFile: it is none, or its table of contents is too large or names more than there is.
+    """
+    archive = zipfile.ZipFile(_WithSmallTable(file))
+    if sum(record.file_size for record in archive.infolist()) > file.seek(0, 2):
+        raise ValueError("its records lie over each other")
+    return archive
 
 
 def open_own(path: str | os.PathLike[str], mode: str = "a+b") -> Any:

@@ -14,14 +14,13 @@ import pickletools
 import struct
 import zipfile
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from engine.files import open_regular
+from engine.files import MOST_DIRECTORY, open_archive, open_regular
 
-MOST_DIRECTORY = 2 << 20  # bytes of the archive's table of contents; fewer than 100 a tensor
 MOST_PICKLE = 16 << 20  # bytes of the pickle, everything but the tensors' data; characters of all texts
 MOST_VALUES, MOST_NESTED = 1_000_000, 32  # operations of the pickle, and values that it makes; levels of them
 MOST_TENSORS = 30_000
@@ -50,30 +49,14 @@ def load(path: Path) -> Any:
     with open_regular(path) as file:
         size = file.seek(0, 2)
         try:
-            with zipfile.ZipFile(_WithSmallTable(file)) as archive:
-                found = _Reader(archive, size).read()
+            with open_archive(file) as archive:
+                found = _Reader(archive).read()
         except (zipfile.BadZipFile, NotImplementedError, struct.error, EOFError) as error:
             raise ValueError(f"it is no archive of torch.save, or damaged: {error}") from None
         except RuntimeError as error:  # an encrypted record
             raise ValueError(str(error)) from None
     _check_data(found, size)
     return found
-
-
-class _WithSmallTable:
-    """An archive's file, from which zipfile reads the table of contents in one piece, wherever it finds how long it is.
-
-    A large one would take much time and memory before anything of it is looked at; records are read in small pieces.
-    """
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.seek, self.tell, self.seekable = file.seek, file.tell, file.seekable
-        self._read = file.read
-
-    def read(self, count: int = -1) -> bytes:
-        if count > MOST_DIRECTORY:
-            raise ValueError(f"its table of contents takes {count:,} bytes; that of a checkpoint is smaller")
-        return self._read(count)
 
 
 def _check_data(value: Any, size: int) -> None:
@@ -116,16 +99,13 @@ class _Reader:
 
     Args:
         archive: the records data.pkl and data/KEY, below one folder.
-        size: of its file, in bytes.
     """
 
-    def __init__(self, archive: zipfile.ZipFile, size: int) -> None:
+    def __init__(self, archive: zipfile.ZipFile) -> None:
         self.archive = archive
         self.records = {record.filename: record for record in archive.infolist()}
         if any(record.compress_type != zipfile.ZIP_STORED for record in self.records.values()):
             raise ValueError("it is compressed, which torch.save never does")
-        if sum(record.file_size for record in archive.infolist()) > size:
-            raise ValueError("its records lie over each other")
         pickles = [name for name in self.records if name.count("/") == 1 and name.endswith("/data.pkl")]
         if len(pickles) != 1:
             raise ValueError("it has no data.pkl, so torch.save did not write it")
@@ -240,19 +220,15 @@ class _Reader:
         package, _, name = _of(_Name, storage).name.rpartition(".")
         if kind != "storage" or package not in ("torch", "torch.storage") or name not in STORAGES:
             raise ValueError(f"it holds {storage.name[:80]}; expected tensors of {', '.join(STORAGES)}")
-        dtype = STORAGES[name]
-        found = self.records[f"{self.folder}data/{_of(str, key)}"].file_size
-        if _of(int, size) * dtype.itemsize > found:
-            raise ValueError(f"it holds a tensor of {size:,} numbers with {found:,} bytes of data")
-        return dtype, key
+        return STORAGES[name], f"{self.folder}data/{_of(str, key)}"
 
     def _tensor(self, storage: tuple[torch.dtype, str], offset: int, size: Any, stride: Any) -> Tensor:
-        dtype, key = storage
+        dtype, record = storage
         self.tensors += 1
         if self.tensors > MOST_TENSORS:
             raise ValueError(f"it holds more than {MOST_TENSORS:,} tensors")
         places = [_of(int, number) for number in (offset, *_of(tuple, size), *_of(tuple, stride))]
-        data = self._content(f"{self.folder}data/{key}")
+        data = self._content(record)
         data = data[: len(data) // dtype.itemsize * dtype.itemsize].view(dtype)
         reach = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True)) + 1 if 0 not in size else offset
         if min(places) < 0 or len(size) > 16 or reach > len(data) or math.prod(size) > len(data):

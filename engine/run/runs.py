@@ -17,7 +17,6 @@ import subprocess
 import sys
 import time
 import traceback
-import zipfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -119,8 +118,8 @@ def finished_before(config: dict[str, Any]) -> str:
 def _is_whole(checkpoint: Path) -> bool:
     """Whether a checkpoint's checksums are right, without torch."""
     try:
-        with files.open_regular(checkpoint) as file, zipfile.ZipFile(file) as archive:
-            return sum(e.file_size for e in archive.infolist()) < file.seek(0, 2) and archive.testzip() is None
+        with files.open_regular(checkpoint) as file, files.open_archive(file) as archive:
+            return archive.testzip() is None
     except Exception:  # a damaged one raises anything
         return False
 

@@ -92,8 +92,7 @@ class RandomStates:
         torch.set_rng_state(state["torch"])
         keys, *rest = state["numpy"]
         np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), *rest))
-        version, internal, gauss = state["python"]
-        random.setstate((version, tuple(internal), gauss))
+        random.setstate(state["python"])
         saved = [f"cuda:{number}" for number in range(len(state.get("cuda", [])))] + ["mps"] * ("mps" in state)
         here = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
         here += ["mps"] * torch.backends.mps.is_available()

@@ -171,20 +171,18 @@ def loss_name(criterion: nn.Module, target_transform: str | None = None) -> str 
         target_transform: the name of what is done to training labels before.
     """
     changes = []
-    if type(criterion) is nn.CrossEntropyLoss:
-        if criterion.weight is not None:
-            changes.append("class weights")
-        if criterion.label_smoothing:
-            changes.append(f"label_smoothing={criterion.label_smoothing:g}")
-        if criterion.reduction != "mean":
-            changes.append(f"reduction={criterion.reduction}")
-        name = "cross-entropy"
-    else:
-        name = type(criterion).__name__
+    is_plain = type(criterion) is nn.CrossEntropyLoss
+    if is_plain and criterion.weight is not None:
+        changes.append("class weights")
+    if is_plain and criterion.label_smoothing:
+        changes.append(f"label_smoothing={criterion.label_smoothing:g}")
+    if is_plain and criterion.reduction != "mean":
+        changes.append(f"reduction={criterion.reduction}")
     if target_transform is not None and not target_transform.endswith(".one_hot"):  # the same in another form
         changes.append(f"labels by {target_transform}")
-    if name == "cross-entropy" and not changes:
+    if is_plain and not changes:
         return None
+    name = "cross-entropy" if is_plain else type(criterion).__name__
     return f"{name} with {' and '.join(changes)}" if changes else name
 
 

@@ -44,8 +44,7 @@ class Schedule:
 
 def constant(optimizer: Optimizer, total_steps: int, steps_per_epoch: int, warmup_epochs: float = 0) -> Schedule:
     """`optimizer.lr` throughout, after a linear rise over `warmup_epochs`."""
-    warmup = warmup_epochs * steps_per_epoch
-    return Schedule(optimizer, lambda step: min(1.0, (step + 1) / (warmup + 1)))
+    return cosine(optimizer, total_steps, steps_per_epoch, warmup_epochs, final=1.0)
 
 
 def cosine(

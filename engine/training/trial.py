@@ -17,7 +17,7 @@ from torch.nn.parameter import is_lazy
 
 from engine.data.batches import Batches
 from engine.data.images import ImageFiles
-from engine.errors import RequestError, RunError, cause, out_of_memory
+from engine.errors import RequestError, RunError, cause, counted, out_of_memory
 from engine.run.saver import state_names
 from engine.run.state import RandomStates
 from engine.training.metrics import Tally
@@ -78,13 +78,13 @@ def try_step(
 def _forward(model: nn.Module, images: Tensor, num_classes: int) -> Tensor:
     """Logits `[batch, num_classes]` of empty images."""
     count, *shape = images.shape
-    name = type(model).__name__
-    with _told(f"model {name} {{}} {_images(count)} {shape}", count):
+    name, of_images = type(model).__name__, counted(count, "image")
+    with _told(f"model {name} {{}} {of_images} {shape}", count):
         logits = model(images)
     found = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
     if found != [count, num_classes]:
         raise RequestError(
-            f"model {name} gives {found} for {_images(count)}; expected [{count}, {num_classes}], a logit a class"
+            f"model {name} gives {found} for {of_images}; expected [{count}, {num_classes}], a logit a class"
         )
     return logits
 
@@ -138,20 +138,13 @@ def _label_maker(criterion: nn.Module, batches: Batches, num_classes: int) -> Ca
 def _loss(criterion: nn.Module, logits: Tensor, labels: Tensor) -> Tensor:
     name = type(criterion).__name__
     shapes = " and labels ".join(str(["batch", *x.shape[1:]]).replace("'", "") for x in (logits, labels))
-    with (
-        _told(f"criterion {name} {{}} logits {shapes} of {labels.dtype}", len(logits)),
-        warnings.catch_warnings(),
-    ):
+    with _told(f"criterion {name} {{}} logits {shapes} of {labels.dtype}", len(logits)), warnings.catch_warnings():
         warnings.filterwarnings("error", message="Using a target size")  # shapes that broadcast, into a wrong loss
         loss = criterion(logits, labels)
     if not isinstance(loss, Tensor) or loss.ndim:
         found = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
         raise RequestError(f"criterion {name} gives {found}; expected one number, such as reduction: mean makes")
     return loss
-
-
-def _images(count: int) -> str:
-    return "1 image" if count == 1 else f"{count:,} images"
 
 
 @contextmanager
