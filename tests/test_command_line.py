@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import re
 import shlex
@@ -95,14 +96,14 @@ WRONG_REQUESTS = [  # what is typed, what the answer has to hold
 def without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fail when a request gets as far as importing train.py or evaluate.py, and with it torch."""
 
-    real = config.importlib.import_module
+    real = importlib.import_module
 
     def refuse(name: str, *arguments: str) -> ModuleType:
         if name in ("train", "evaluate", "predict"):
             pytest.fail(f"{name} is imported before the answer is given")
         return real(name, *arguments)
 
-    monkeypatch.setattr(config.importlib, "import_module", refuse)
+    monkeypatch.setattr(importlib, "import_module", refuse)
 
 
 @pytest.mark.usefixtures("without_torch")
