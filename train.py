@@ -91,13 +91,14 @@ def main(config: dict[str, Any]) -> float:
             train_epoch(model, batches["train"], criterion, optimizer, schedule, saver, config["epochs"], clip)
             row = row_of(progress, tally)
             if "val" in batches:
-                shown = watched(saver.watch(batches["val"]), "validation", len(batches["val"]))
+                shown = watched(saver.until_stopped(batches["val"]), "validation", len(batches["val"]))
                 row["val_loss"], confusion = evaluate(model, shown, len(classes))
                 row["val_accuracy"] = accuracy(confusion)
 
-            saver.check(row["val_loss"])
+            saver.check_finite(row["val_loss"])
             tally.reset()
-            saver.save_epoch(best=progress.end_epoch(row))
+            is_best = progress.end_epoch(row)
+            saver.save_epoch(is_best)
             runs.write_metrics(directory / "metrics.csv", progress.history)
             curves.update(progress.history)
             trackers.epoch(row)
@@ -106,11 +107,11 @@ def main(config: dict[str, Any]) -> float:
         # The test set, once, with the best weights.
         best = checkpoint.read(directory / "best.pt")
         checkpoint.load_weights(model, best["model"], directory / "best.pt")
-        shown = watched(saver.watch(batches["test"]), "test", len(batches["test"]))
+        shown = watched(saver.until_stopped(batches["test"]), "test", len(batches["test"]))
         test_loss, confusion = evaluate(model, shown, len(classes))
-        saver.check_result(test_loss)
+        saver.check_test_loss(test_loss)
     summary = summarise(progress, about, test_loss, accuracy(confusion))
-    runs.write_metrics(directory / "metrics.csv", progress.history)
+    runs.write_metrics(directory / "metrics.csv", progress.history)  # a run killed before it wrote its last row
     files.write_json(directory / "summary.json", summary)
     trackers.finish(summary)
     log.info(f"test     accuracy {accuracy(confusion):.2%}, loss {test_loss:.4f} (weights of epoch {best['epoch']})")

@@ -55,7 +55,7 @@ def main(repeats: int = 5) -> None:
                 optimizer.step()
             trained = time.perf_counter()
             progress.best = {"epoch": epoch}
-            saver.check()
+            saver.check_finite()
             saver.save_epoch(best=True)
             training.append(trained - began)
             saving.append(time.perf_counter() - trained)

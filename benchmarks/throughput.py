@@ -190,7 +190,7 @@ def this_project(setup: Setup) -> Loop:
         loss, accuracy = tally.read()
         row = dict.fromkeys(runs.COLUMNS) | {"epoch": progress.epoch, "train_loss": loss, "train_accuracy": accuracy}
         row |= {"lr": progress.lr, "seconds": progress.seconds}
-        saver.check()
+        saver.check_finite()
         tally.reset()
         saver.save_epoch(best=progress.end_epoch(row))
         began = time.perf_counter()

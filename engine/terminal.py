@@ -27,7 +27,7 @@ def escaped(text: str) -> str:
     return re.sub(r"[^\n\t]+", lambda found: printable(found[0]), text)
 
 
-class Stream(io.TextIOWrapper):
+class SafeStream(io.TextIOWrapper):
     """A standard stream that writes control characters as escapes and remembers why nothing more could be written.
 
     Args:
@@ -84,14 +84,14 @@ def guard() -> None:
         stream = getattr(sys, name)
         if stream is None:
             stream = open(descriptor, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
-        if isinstance(stream, io.TextIOWrapper) and not isinstance(stream, Stream):
+        if isinstance(stream, io.TextIOWrapper) and not isinstance(stream, SafeStream):
             _before.append((name, stream))
-            setattr(sys, name, Stream(stream, is_error=name == "stderr"))
+            setattr(sys, name, SafeStream(stream, is_error=name == "stderr"))
 
 
 def is_cut_off(error: BaseException) -> bool:
     """Whether an exception only says that standard output takes nothing more."""
-    return isinstance(sys.stdout, Stream) and error is sys.stdout.failure
+    return isinstance(sys.stdout, SafeStream) and error is sys.stdout.failure
 
 
 @contextlib.contextmanager
@@ -113,7 +113,7 @@ def release(exit_code: int) -> int:
         name, before = _before.pop()
         stream = getattr(sys, name)
         setattr(sys, name, before)
-        if not isinstance(stream, Stream):
+        if not isinstance(stream, SafeStream):
             continue  # somebody else put another there
         with contextlib.suppress(OSError):
             stream.flush()

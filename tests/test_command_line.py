@@ -306,7 +306,7 @@ def test_nothing_that_was_typed_steers_the_terminal(call: Call, typed: list[str]
 def test_a_stream_writes_control_characters_out_but_for_a_bars_own() -> None:
     raw = io.BytesIO()
     below = io.TextIOWrapper(raw, "utf-8", write_through=True)
-    out, error = terminal.Stream(below, is_error=False), terminal.Stream(below, is_error=True)
+    out, error = terminal.SafeStream(below, is_error=False), terminal.SafeStream(below, is_error=True)
     typed = [(out, "a\tb\n"), (out, "\rc\x1b[A"), (error, "\rbar \x1b[31m\r"), (error, "\x1b[A"), (error, "\x1b[Ax")]
     for stream, text in typed:
         stream.write(text)

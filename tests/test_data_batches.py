@@ -225,7 +225,7 @@ def test_only_cuda_is_sent_batches_without_waiting(monkeypatch):  # on MPS they 
 
 def test_samples_of_one_part_are_placed_on_the_device_once():
     splits, _ = load_splits(settings("in_memory", val_fraction=0.2))
-    placed = [Batches(splits[name], [], torch.device("meta"), **RUN).resident for name in ("train", "val", "test")]
+    placed = [Batches(splits[name], [], torch.device("meta"), **RUN).in_memory for name in ("train", "val", "test")]
     for train, val, test in zip(*placed, strict=True):
         assert train.device.type == "meta" and train is val and train is not test
     del placed, train, val, test

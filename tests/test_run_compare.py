@@ -295,5 +295,5 @@ def test_a_run_that_fails_says_so_afterwards(tmp_path: Path) -> None:
     directory = make_run(tmp_path, "run")
     runs.lock(directory)
     runs.abandon(RunError("the loss is not a number"))
-    row = compare.read_run(directory, tmp_path)
+    row = compare.run_row(directory, tmp_path)
     assert row is not None and (row["state"], row["reason"]) == ("failed", "the loss is not a number")

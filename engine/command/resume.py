@@ -38,7 +38,7 @@ def choices_of_run(arguments: list[str], directories: Sequence[Path]) -> list[st
     if {"-m", "--multirun"} & set(arguments):
         raise RequestError("resume= continues one run; it does not go with -m")
     directory = runs.find(str(run))
-    own, _ = trust.read_run(directory)
+    own, _ = trust.read_run_config(directory)
     return [
         f"{group}={choice if isinstance(choice, str) else f'[{chr(44).join(choice)}]'}"
         for group, choice in trust.choices(own["choices"], directory, directories).items()
@@ -65,7 +65,7 @@ def adopt(config: dict[str, Any], overrides: Iterable[str], directories: Sequenc
         RequestError: there are such differences, and not `resume_changed=true`.
     """
     directory = runs.find(config["resume"])
-    own, ours = trust.read_run(directory)
+    own, ours = trust.read_run_config(directory)
     choices, own_choices = config["choices"], own["choices"]
     groups = [group for group, choice in choices.items() if own_choices.get(group) != choice]
     typed = [override.split("=", 1)[0].lstrip("+~") for override in overrides]

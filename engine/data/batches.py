@@ -22,7 +22,7 @@ from engine.data.augment import Resize, to_float
 from engine.data.devices import on_device, place
 from engine.data.draws import Draws, own_randomness, sample_seed, seed_everything
 from engine.data.images import ImageFiles, open_image
-from engine.data.reader import Reader, Stream, users_code
+from engine.data.reader import Reader, SampleStream, users_code
 from engine.data.splits import Split
 from engine.data.transforms import PerImage, apply, parse_transforms
 from engine.data.workers import Workers, cores
@@ -78,23 +78,23 @@ class Batches:
         self.shuffle, self.drop_last = training and shuffle, training and drop_last
         option = f"dataset.{'train' if training else 'eval'}_transforms"
         parsed = parse_transforms(transforms, option)
-        self.size = self._count_samples()
-        if self.drop_last and split.indices is not None and self.size < self.batch_size:
+        self.samples = self._count_samples()
+        if self.drop_last and split.indices is not None and self.samples < self.batch_size:
             raise RequestError(
-                f"drop_last=true leaves no batch: {self.size} training samples, batch_size={self.batch_size}; "
+                f"drop_last=true leaves no batch: {self.samples} training samples, batch_size={self.batch_size}; "
                 "lower batch_size"
             )
-        in_memory = isinstance(split.part, tuple)
-        alone = _run_alone(parsed, in_memory)
-        self.later = list(enumerate(parsed))[alone:]  # these run on batches, on the device
-        self.draws = any(transform.random for _, transform in self.later)
-        self.resident: tuple[Tensor, Tensor] | None = None
-        self.together = self.batch_size  # samples that are gathered and transformed at once: whole batches
+        is_in_memory = isinstance(split.part, tuple)
+        for_images = _count_image_transforms(parsed, is_in_memory)
+        self.batch_transforms = list(enumerate(parsed))[for_images:]  # these run on batches, on the device
+        self.is_random = any(transform.random for _, transform in self.batch_transforms)
+        self.in_memory: tuple[Tensor, Tensor] | None = None
+        self.gathered = self.batch_size  # samples that are gathered and transformed at once: whole batches
         self.workers: Workers | None = None
-        self._stream: Stream | None = None
+        self._stream: SampleStream | None = None
         self._shape: tuple[int, int, int] | None = None
         skip = training and split.skip_unreadable
-        reader = Reader(split.part, parsed[:alone], self.seed, split.num_classes, skip, training)
+        reader = Reader(split.part, parsed[:for_images], self.seed, split.num_classes, skip, training)
         self.reader = reader
         if split.indices is None:
             if self.batch_size > MOST_OF_STREAM:
@@ -102,17 +102,17 @@ class Batches:
                     f"batch_size={self.batch_size}: of {type(split.part).__name__}, which is iterable-style, "
                     f"at most {MOST_OF_STREAM:,} samples are read for a batch"
                 )
-            self._stream = Stream(reader)
-        elif in_memory and alone == 0:
-            self.resident = place(split.part, device)
+            self._stream = SampleStream(reader)
+        elif is_in_memory and for_images == 0:
+            self.in_memory = place(split.part, device)
             size = self.batch_size * 4 * math.prod(self.sample_shape())  # of a batch, as floats
             if size % 64 == 0:  # so every batch lies as it would alone: arithmetic may depend on where memory begins
-                self.together *= max(1, GATHER // size)
+                self.gathered *= max(1, GATHER // size)
         else:
             count = cores() if num_workers is None else num_workers
             # More workers than batches would have nothing to do.
-            self.workers = Workers(reader, min(count, len(self)), min(self.batch_size, self.size))
-            if isinstance(split.part, ImageFiles) and alone == 0:
+            self.workers = Workers(reader, min(count, len(self)), min(self.batch_size, self.samples))
+            if isinstance(split.part, ImageFiles) and for_images == 0:
                 _check_sizes(split, option)
 
     def _count_samples(self) -> int:
@@ -132,14 +132,14 @@ class Batches:
         return len(self.split)
 
     def __len__(self) -> int:
-        whole, rest = divmod(self.size, self.batch_size)
+        whole, rest = divmod(self.samples, self.batch_size)
         count = whole + 1 if rest and not self.drop_last else whole
         return count if self.limit is None else min(count, self.limit)
 
     @property
     def num_samples(self) -> int:
         """Samples in an epoch."""
-        return min(self.size, len(self) * self.batch_size)
+        return min(self.samples, len(self) * self.batch_size)
 
     def order(self, epoch: int) -> Tensor:
         """The sample indices of an epoch, int64 `[n]`, in the order in which they are seen."""
@@ -150,11 +150,11 @@ class Batches:
                 seed_everything(int(sample_seed(self.seed, epoch)))
                 with users_code("dataset: its sampler"):
                     places = torch.tensor([int(place) for place in self.split.sampler(indices)], dtype=torch.int64)
-            if len(places) != self.size or not ((places >= 0) & (places < len(indices))).all():
+            if len(places) != self.samples or not ((places >= 0) & (places < len(indices))).all():
                 found = f" from {int(places.min())} to {int(places.max())}" if len(places) else ""
                 raise RunError(
                     f"dataset: its sampler gave {len(places)} places{found}; "
-                    f"expected {self.size}, from 0 to {len(indices) - 1}"
+                    f"expected {self.samples}, from 0 to {len(indices) - 1}"
                 )
             return indices[places]
         if not self.shuffle:
@@ -191,23 +191,23 @@ class Batches:
         if order is None:
             source = self._from_stream(epoch, start)
             source = source if self.device.type == "cpu" else on_device(source, self.device)
-        elif self.resident is not None:
+        elif self.in_memory is not None:
             source = self._gather(order)
         else:
             source = self._read(epoch, order)
-        done, group = 0, self.together * max(1, AHEAD // self.together)
+        done, group = 0, self.gathered * max(1, AHEAD // self.gathered)
         for images, labels in source:
-            if self.draws:
+            if self.is_random:
                 if done % group == 0:
                     if order is None:  # a stream's samples are only numbered
                         index = torch.arange(first + done, first + done + group)
                     else:
                         index = order[done : done + group]
                     ahead = Draws(self.seed, epoch, index)
-                images = apply(self.later, images, ahead.window(done % group, len(images)))
+                images = apply(self.batch_transforms, images, ahead.window(done % group, len(images)))
                 done += len(images)
-            elif self.later:
-                images = apply(self.later, images, None)
+            elif self.batch_transforms:
+                images = apply(self.batch_transforms, images, None)
             images = to_float(images)
             for x, y in zip(images.split(self.batch_size), labels.split(self.batch_size), strict=True):
                 yield x, self.targets(y) if self.training else y
@@ -215,11 +215,11 @@ class Batches:
     __iter__ = epoch
 
     def _gather(self, order: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of samples that are in memory, `together` samples at once."""
-        images, labels = self.resident  # type: ignore[misc]
+        """Batches of samples that are in memory, `gathered` samples at once."""
+        images, labels = self.in_memory  # type: ignore[misc]
         order = order.to(images.device)
-        indices, labels = order.split(self.together), labels.index_select(0, order)
-        batches = ((images.index_select(0, i), y) for i, y in zip(indices, labels.split(self.together), strict=True))
+        indices, labels = order.split(self.gathered), labels.index_select(0, order)
+        batches = ((images.index_select(0, i), y) for i, y in zip(indices, labels.split(self.gathered), strict=True))
         return batches if images.device.type == self.device.type else on_device(batches, self.device)
 
     def _read(self, epoch: int, order: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -272,7 +272,9 @@ class Batches:
         if self._shape is None:
             try:
                 with own_randomness(), self._memory_told(1):
-                    images = apply(self.later, self._first(), Draws(self.seed, 1, torch.zeros(1, dtype=torch.int64)))
+                    images = apply(
+                        self.batch_transforms, self._first(), Draws(self.seed, 1, torch.zeros(1, dtype=torch.int64))
+                    )
             except RunError as error:
                 raise RequestError(str(error)) from error
             self._shape = tuple(images.shape[1:])  # type: ignore[assignment]
@@ -287,14 +289,14 @@ class Batches:
             return self.reader.prepare(1, torch.zeros(1, dtype=torch.int64), [found])[0].to(self.device)
         indices = self.split.indices
         assert indices is not None
-        if self.resident is not None:
-            images = self.resident[0]
+        if self.in_memory is not None:
+            images = self.in_memory[0]
             return images[indices[:1].to(images.device)].to(self.device)
         assert self.workers is not None
         return self.workers.first(1, indices).to(self.device)
 
 
-def _run_alone(transforms: Sequence[Any], in_memory: bool) -> int:
+def _count_image_transforms(transforms: Sequence[Any], in_memory: bool) -> int:
     """How many of the transforms, from the first on, have to see one image at a time.
 
     All up to the last one that only torchvision has, and the first Resize of what is read from files, as their images

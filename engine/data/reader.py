@@ -66,9 +66,9 @@ class Reader:
         self.part, self.transforms, self.seed = part, list(enumerate(transforms)), seed
         self.num_classes, self.skip_unreadable, self.training = num_classes, skip_unreadable, training
         # Ours draw nothing at random while reading and keep no file open; a user's may.
-        self.is_ours = isinstance(part, (tuple, ImageFiles))
-        self.draws = any(transform.random for transform in transforms)
-        self.size = resized_to(transforms)
+        self.is_builtin = isinstance(part, (tuple, ImageFiles))
+        self.is_random = any(transform.random for transform in transforms)
+        self.resized_to = resized_to(transforms)
 
     def read(self, epoch: int, indices: Tensor, into: Tensor | None = None) -> tuple[Tensor, Tensor, list[str]]:
         """(images, labels, what was skipped) of the samples `indices`, int64 `[batch]`, in an epoch from 1.
@@ -80,14 +80,14 @@ class Reader:
             RunError: samples that cannot be read, or do not fit together.
         """
         skipped: dict[int, str] = {}
-        with own_randomness() if self.draws or not self.is_ours else nullcontext():
+        with own_randomness() if self.is_random or not self.is_builtin else nullcontext():
             images, labels = self._batch(self._samples(epoch, indices, skipped), indices, into)
         return images, labels, list(skipped.values())
 
     def _samples(self, epoch: int, indices: Tensor, skipped: dict[int, str]) -> Iterator[tuple[int, Tensor, Any]]:
         """(place in the batch, image, label) of those that can be read; of the others place to error in `skipped`."""
-        draws = Draws(self.seed, epoch, indices) if self.draws else None
-        seeds = None if self.is_ours else sample_seed(self.seed, epoch, indices).tolist()
+        draws = Draws(self.seed, epoch, indices) if self.is_random else None
+        seeds = None if self.is_builtin else sample_seed(self.seed, epoch, indices).tolist()
         for first in range(0, len(indices), self.READ_AT_ONCE):
             read: list[tuple[int, Tensor, Any]] = []
             for place, index in enumerate(indices[first : first + self.READ_AT_ONCE].tolist(), first):
@@ -114,13 +114,13 @@ class Reader:
     def prepare(self, epoch: int, indices: Tensor, samples: Sequence[tuple[Tensor, Any]]) -> tuple[Tensor, Tensor]:
         """(images, labels) of samples that were read elsewhere."""
         with own_randomness():
-            draws = Draws(self.seed, epoch, indices) if self.draws else None
+            draws = Draws(self.seed, epoch, indices) if self.is_random else None
             done = ((place, self._transform(image, draws, place), y) for place, (image, y) in enumerate(samples))
             return self._batch(done, indices, None)
 
     def _sample(self, index: int) -> tuple[Tensor, Any]:
         if isinstance(self.part, ImageFiles):
-            return self.part.read(index, self.size), int(self.part.targets[index])
+            return self.part.read(index, self.resized_to), int(self.part.targets[index])
         if isinstance(self.part, tuple):
             return self.part[0][index], int(self.part[1][index])
         what = f"sample {index} of {type(self.part).__name__}"
@@ -205,7 +205,7 @@ def _image_and_label(sample: Any, what: str, num_classes: int) -> tuple[Tensor, 
     )
 
 
-class Stream:
+class SampleStream:
     """The samples of an iterable-style Dataset, read in this process, with generators of their own.
 
     What it draws at random (torch on the CPU, NumPy, Python) comes from the run's seed and the number of the pass, and

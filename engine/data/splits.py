@@ -34,12 +34,12 @@ class Split:
     """Some samples of a data set.
 
     Attributes:
-        part: the samples, as `datasets.ImageData` has them.
+        part: the samples, as `ImageData` has them.
         indices: int64 `[n]`, which of them; None for an iterable-style data set, that only it can count.
         num_classes: labels are below it.
         limit: of an iterable-style data set, samples to take at most.
         steps: of an iterable-style data set, batches a training epoch has.
-        sampler: as in `datasets.ImageData`, for training.
+        sampler: as in `ImageData`, for training.
         skip_unreadable: go on without image files that cannot be read, in training.
         target_transform: of training labels, f(labels int64 `[batch]`, num_classes).
     """

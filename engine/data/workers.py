@@ -144,7 +144,7 @@ class Workers:
         """
         for index in indices.split(1):
             try:
-                if self.count and not self.reader.is_ours:
+                if self.count and not self.reader.is_builtin:
                     images = next(self._answers([(epoch, index.numpy(), None)]))[0]
                 else:
                     images = self.reader.read(epoch, index)[0]

@@ -61,10 +61,10 @@ Examples:
 
 def read_runs(root: Path) -> list[Row]:
     """A row for each run below `root`, in sweeps too, oldest first."""
-    return [row for row in (read_run(d, root) for d in runs.all_directories(root)) if row is not None]
+    return [row for row in (run_row(d, root) for d in runs.all_directories(root)) if row is not None]
 
 
-def read_run(directory: Path, root: Path) -> Row | None:
+def run_row(directory: Path, root: Path) -> Row | None:
     """The row of one run; None where there is none (any more).
 
     A file of it that cannot be read costs what it would have told; the row's state is `damaged` and its reason why.

@@ -102,7 +102,7 @@ def reopen(config: dict[str, Any]) -> Path:
 def finished_before(config: dict[str, Any]) -> str:
     """What a resumed run came to, where it has finished, is whole, and no more is asked of it; else an empty text."""
     directory = Path(config["resume"])
-    summary, (own, _) = files.read_json(directory / "summary.json"), trust.read_run(directory)
+    summary, (own, _) = files.read_json(directory / "summary.json"), trust.read_run_config(directory)
     if config["changed"] or any(config[key] != own.get(key) for key in ("epochs", "early_stopping")):
         return ""
     try:

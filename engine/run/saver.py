@@ -85,13 +85,13 @@ class Saver:
         elif now - self._saved >= self.every_seconds or (
             self.every_steps and self.progress.batch % self.every_steps == 0
         ):
-            self.check()
+            self.check_finite()
             self._save_last()
         elif now - self._looked >= 1.0:  # looking waits for the device, so not at every step
-            self.check()
+            self.check_finite()
             self._looked = now
 
-    def watch(self, batches: Iterable[Item]) -> Iterator[Item]:
+    def until_stopped(self, batches: Iterable[Item]) -> Iterator[Item]:
         """The batches of an evaluation, which leaves between two of them when told to."""
         for batch in batches:
             if self.signal is not None:
@@ -100,7 +100,7 @@ class Saver:
 
     def _leave(self, number: int) -> None:
         if self.progress.batch:  # between epochs last.pt is up to date, and the model may hold the best weights
-            self.check()
+            self.check_finite()
             self._save_last()
         where = f"epoch {self.progress.epoch}, step {self.progress.batch}"
         name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
@@ -108,7 +108,7 @@ class Saver:
             f"stopped by {name} in {where}; continue with: python train.py resume={self.directory}", 128 + number
         )
 
-    def check(self, val_loss: float | None = None) -> None:
+    def check_finite(self, val_loss: float | None = None) -> None:
         """Stop (RunError) at a loss, weight or rate that is not finite, naming step and last good checkpoint."""
         bad = self.tally.first_bad_step()
         weights = self.parts["model"].state_dict().values()
@@ -126,7 +126,7 @@ class Saver:
                 f"{self._last_good()}; {TRY}"
             )
 
-    def check_result(self, test_loss: float) -> None:
+    def check_test_loss(self, test_loss: float) -> None:
         """Stop at a test loss that is not a finite number, though all weights are."""
         if not math.isfinite(test_loss):
             raise RunError(

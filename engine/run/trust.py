@@ -311,7 +311,7 @@ def _brief(value: Any) -> str:
 # A run's directory
 
 
-def read_run(directory: Path) -> tuple[dict[str, Any], bool]:
+def read_run_config(directory: Path) -> tuple[dict[str, Any], bool]:
     """The configuration of a run that is to be resumed, as plain data, and whether it was typed here.
 
     Raises:
