@@ -32,7 +32,7 @@ from engine.data.cache import _locked, cached_images
 from engine.data.devices import on_device, one_ahead
 from engine.data.draws import Draws
 from engine.data.reader import Reader
-from engine.data.splits import load_splits
+from engine.data.splits import divide, load_splits
 from engine.data.transforms import parse_transforms
 from engine.data.workers import Workers
 from engine.errors import RequestError, RunError
@@ -1178,3 +1178,19 @@ def test_a_picture_of_samples_and_their_statistics(photos, tmp_path):
     mean = [float(x) for x in re.search(r"mean: \[(.*?)\]", done.stdout)[1].split(", ")]
     files = datasets.image_folder(str(photos), 0.2, 3, 10**6)
     assert all(0.2 < value < 0.6 for value in mean) and len(files.classes) == 3
+
+
+@pytest.mark.parametrize(
+    ("places", "error", "says"),
+    [
+        ([], RequestError, "its sampler list gives no sample"),
+        ([0, 40, 2], RunError, "its sampler gave 3 places from 0 to 40; expected 3, from 0 to 39"),
+        ([-1, 0], RunError, "its sampler gave 2 places from -1 to 0; expected 2, from 0 to 39"),
+    ],
+)
+def test_places_of_a_sampler_that_are_none(places, error, says):
+    images, labels = in_memory().train
+    data = datasets.ImageData((images[:40], labels[:40]), (images, labels), list("abcde"), sampler=lambda _: places)
+    splits, _ = divide(data)
+    with pytest.raises(error, match=says):
+        Batches(splits["train"], [], CPU, training=True, batch_size=2).order(1)

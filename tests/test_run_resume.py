@@ -19,6 +19,8 @@ import torch
 from conftest import Call
 from processes import run, start
 
+from engine.command.resume import choices_of_run
+from engine.config import CONFIGS
 from engine.run.saver import Saver
 from engine.run.state import Progress, RandomStates
 
@@ -460,3 +462,25 @@ def test_the_best_epoch_and_the_count_since_it_by_hand(monkeypatch: pytest.Monke
         again = Progress()
         again.load_state_dict(progress.state_dict())
         progress = again
+
+
+def test_what_changed_is_listed_with_both_values_and_the_ways_out(call: Call, tmp_path: Path) -> None:
+    run = tmp_path / "checkpoints" / "r"
+    assert call("train", "name=r", "epochs=1", "dataset.limit=60", "model.hidden=[8]").code == 0
+    said = call("train", "resume=checkpoints/r", "optimizer.lr=0.2", "model.hidden=[9]", "seed=3", "epochs=2").error
+    assert said == (
+        "checkpoints/r was started with other settings: model.hidden [8] -> [9], optimizer.lr 0.05 -> 0.2, "
+        "seed 0 -> 3; leave them out, or accept with resume_changed=true that the result is no longer that of one run"
+    )
+    said = call("train", "resume=checkpoints/r", "optimizer=adam", "epochs=2").error
+    assert "other settings: optimizer sgd -> adam; leave them out" in said
+    assert len((run / "metrics.csv").read_text().splitlines()) == 2  # nothing was trained
+
+
+def test_a_resumed_run_has_all_its_trackers(call: Call, tmp_path: Path) -> None:
+    assert call("train", "name=r", "epochs=1", "dataset.limit=60", "model.hidden=[8]").code == 0
+    file = tmp_path / "checkpoints" / "r" / ".hydra" / "config.yaml"
+    file.write_text(file.read_text().replace("  logger:\n  - csv\n", "  logger:\n  - csv\n  - wandb\n"))
+    typed = choices_of_run(["resume=checkpoints/r", "model=mlp"], [CONFIGS])
+    kept = ["criterion=cross_entropy", "dataset=digits", "logger=[csv,wandb]", "optimizer=sgd", "scheduler=cosine"]
+    assert sorted(typed) == kept  # the model is typed

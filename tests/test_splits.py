@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 import datasets
-from engine.data.splits import fingerprint, load_splits
+from engine.data.splits import divide, fingerprint, load_splits
+from engine.errors import RequestError
 
 LABELS: list[int] = []  # of `labelled`, set by a test
 
@@ -230,3 +231,20 @@ def test_the_fingerprint_of_data(monkeypatch: pytest.MonkeyPatch) -> None:
         "fewer": of(labels, limit=30),
     }
     assert len({usual, *others.values()}) == len(others) + 1
+
+
+def test_a_label_outside_the_classes_is_named_with_its_sample() -> None:
+    pictures, fine = images_of(4), torch.tensor([0, 1, 0, 1])
+    for labels, named in (([0, 1, -1, 1], "train sample 2 has label -1"), ([0, 1, 0, 2], "train sample 3 has label 2")):
+        data = datasets.ImageData((pictures, torch.tensor(labels)), (pictures, fine), ["a", "b"])
+        with pytest.raises(RequestError, match=f"{named}; expected 0 to 1, as there are 2 classes"):
+            divide(data)
+
+
+def test_divide_takes_the_values_by_name() -> None:
+    LABELS[:] = [0, 1] * 10
+    splits, classes = divide(labelled(), val_fraction=0.2, limit=10)
+    assert classes == ["class 0", "class 1"]
+    assert {name: len(split) for name, split in splits.items()} == {"train": 10, "val": 4, "test": 10}
+    splits, _ = divide(labelled())
+    assert {name: len(split) for name, split in splits.items()} == {"train": 20, "test": 10}
