@@ -82,6 +82,12 @@ def test_files_that_are_named_exist() -> None:
         assert (ROOT / name).exists(), name
 
 
+def test_files_that_contributing_names_exist() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    named = re.findall(r"`((?:tests|engine|benchmarks|configs|models)/[\w/.]*)`", text)
+    assert len(named) > 15 and [file for file in named if not (ROOT / file).exists()] == []
+
+
 def test_every_dataset_is_named() -> None:
     for name in group_options()["dataset"]:
         assert f"`{name}`" in README, name

@@ -31,7 +31,7 @@ DIGITS = {**SPLITS, "train_transforms": [], "eval_transforms": [], "_target_": "
 
 
 def digits() -> dict[str, tuple[Tensor, Tensor]]:
-    """Images as floats 0 to 1 and labels of the three splits; test_splits.py says which samples those are."""
+    """Images as floats 0 to 1 and labels of the three splits; test_data_splits.py says which samples those are."""
     splits, _ = load_splits(DIGITS)
     return {name: (s.part[0][s.indices].float() / 255, s.part[1][s.indices]) for name, s in splits.items()}
 
