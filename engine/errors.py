@@ -94,12 +94,17 @@ def interrupt_behind(error: BaseException | None) -> int | None:
 
     OmegaConf, interrupted while it composes a configuration, raises errors of its own on the way out.
     """
-    while error is not None:
-        if isinstance(error, KeyboardInterrupt):
+    waiting, seen = [error], set[int]()  # by way of a cause a chain of contexts can lead back to where it began
+    while waiting:
+        one = waiting.pop()
+        if one is None or id(one) in seen:
+            continue
+        if isinstance(one, KeyboardInterrupt):
             return 130
-        if isinstance(error, SystemExit) and error.code == 143:
+        if isinstance(one, SystemExit) and one.code == 143:
             return 143
-        error = error.__cause__ or error.__context__
+        seen.add(id(one))
+        waiting += [one.__cause__, one.__context__]
     return None
 
 

@@ -25,7 +25,7 @@ from engine.config import Setting, read_settings
 from engine.data.batches import Batches
 from engine.data.draws import Draws
 from engine.data.splits import Split, load_splits
-from engine.errors import RequestError, one_line, printable
+from engine.errors import RequestError, interrupt_behind, one_line, printable
 
 fifty = tried(max_examples=50, deadline=None, derandomize=True, database=None)
 CPU = torch.device("cpu")
@@ -312,3 +312,17 @@ def test_what_is_printed_cannot_steer_a_terminal(text: str) -> None:
     for limit in (20, 300):
         line = one_line(ValueError(text), limit)
         assert 0 < len(line) <= limit and len(line.splitlines()) == 1 and printable(line) == line
+
+
+@pytest.mark.parametrize("behind", ["__cause__", "__context__"])
+@pytest.mark.parametrize(
+    ("interrupt", "code"), [(KeyboardInterrupt(), 130), (SystemExit(143), 143), (SystemExit(2), None)]
+)
+def test_an_interrupt_is_found_behind_errors_that_lead_in_a_circle(
+    behind: str, interrupt: BaseException, code: int | None
+) -> None:
+    first, second = ValueError(), KeyError()
+    first.__cause__, second.__context__ = second, first
+    assert interrupt_behind(first) is None
+    setattr(second if behind == "__cause__" else first, behind, interrupt)
+    assert interrupt_behind(first) == code and interrupt_behind(second) == code
