@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import importlib.util
 import json
@@ -264,6 +265,25 @@ def test_ctrl_c_between_two_jobs_is_no_failure(
     assert answer.code == 130 and "ConfigComposition" not in answer.err, answer.err
     assert [record["state"] for record in ended(sweep_directory)] == ["finished"]
     assert "the rest with: python" in answer.err
+
+
+def test_a_ctrl_c_that_is_dropped_on_the_way_stops_the_sweep(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compose, sweep_directory = ConfigLoaderImpl._load_configuration_impl, tmp_path / "checkpoints" / "s"
+
+    def composed(*arguments: Any, **named: Any) -> Any:
+        if (sweep_directory / "jobs.jsonl").exists() and ended(sweep_directory):
+            with contextlib.suppress(KeyboardInterrupt):  # as Python does where it finalizes an object
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(0)
+        return compose(*arguments, **named)
+
+    monkeypatch.setattr(ConfigLoaderImpl, "_load_configuration_impl", composed)
+    answer = call("train", "-m", "name=s", "seed=0,1", *SMALL)
+    assert answer.code == 130 and "the rest with: python" in answer.err
+    assert [record["state"] for record in ended(sweep_directory)] == ["finished", "stopped"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -141,7 +141,9 @@ def start(config: DictConfig, check: Callable[[DictConfig], Any]) -> None:
     started = Sweep(directory, len(_journal(directory)))
     paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path and path != str(ROOT)]
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *paths])  # jobs in processes of their own import from there
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that launchers take their processes down with them
+    # SIGTERM too, so that launchers take their processes down with them.
+    for stop in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(stop, _interrupt)
     if "submitit" in str(config.hydra.launcher._target_):
         threading.Thread(target=_tell_ends, args=(started,), daemon=True).start()
     left = f", {settings['first_number']} of them done" if settings["first_number"] else ""
@@ -264,6 +266,18 @@ def _continue_study(sweeper: Any) -> int:
 # One job
 
 
+_interrupted = False  # Python, or a library, may drop an exception that comes while it tidies up
+
+
+def _interrupt(number: int, _: object) -> None:
+    """Leave at once; where that is dropped on the way, before the next job trains."""
+    global _interrupted
+    _interrupted = True
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    sys.exit(128 + number)
+
+
 def run_job(
     config: DictConfig, check: Callable[[DictConfig], dict[str, Any]], main: Callable[[dict[str, Any]], Any]
 ) -> Any:
@@ -299,6 +313,8 @@ def run_job(
         elif "name" in plain:
             plain["name"] = f"{directory.name}/{_run_name(directory, number, varying)}"
         record["run"] = plain.get("name")
+        if _interrupted:
+            raise KeyboardInterrupt
         _say(f"\n{label}  {' '.join(varying)}")
         _record(directory, record, state="began")
         _choose_gpu(number, str(plain.get("device", "")), str(hydra.launcher._target_))
@@ -465,12 +481,13 @@ def finish(exit_code: int) -> int:
     Returns:
         the program's exit code: 1 with a failed job, 2 where no job could do what was asked.
     """
-    global started
+    global started, _interrupted
     if started is None:
         return exit_code
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     directory, ended, failed = started.directory, started.ended(), started.failed()
-    started = None
+    started, _interrupted = None, False
     rows = [row for row in compare.read_runs(directory) if row["state"] == "finished"]
     if rows:
         print(f"\n{summary(directory, rows)}", flush=True)
