@@ -111,7 +111,7 @@ def main(config: dict[str, Any]) -> float:
         test_loss, confusion = evaluate(model, shown, len(classes))
         saver.check_test_loss(test_loss)
     summary = summarise(progress, about, test_loss, accuracy(confusion))
-    runs.write_metrics(directory / "metrics.csv", progress.history)  # a run killed before it wrote its last row
+    runs.write_metrics(directory / "metrics.csv", progress.history)  # again: a run may have been killed before it did
     files.write_json(directory / "summary.json", summary)
     trackers.finish(summary)
     log.info(f"test     accuracy {accuracy(confusion):.2%}, loss {test_loss:.4f} (weights of epoch {best['epoch']})")

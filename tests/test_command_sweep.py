@@ -286,6 +286,15 @@ def test_a_ctrl_c_that_is_dropped_on_the_way_stops_the_sweep(
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_a_job_that_was_killed_before_its_end_was_noted_keeps_its_value(call: Call, tmp_path: Path) -> None:
+    assert call("train", "-m", "name=s", "seed=0,1", *SMALL).code == 0
+    journal = tmp_path / "checkpoints" / "s" / "jobs.jsonl"
+    *before, last = journal.read_text().splitlines(keepends=True)
+    journal.write_text("".join(before))
+    assert call("train", "-m", "name=s", "seed=0,1", *SMALL).code == 0
+    assert ended(journal.parent)[-1]["value"] == json.loads(last)["value"]  # what a sweeper is told, not null
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Hydra's plugins
 

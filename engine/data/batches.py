@@ -26,16 +26,12 @@ from engine.data.reader import Reader, SampleStream, users_code
 from engine.data.splits import Split
 from engine.data.transforms import PerImage, apply, parse_transforms
 from engine.data.workers import Workers, cores
-from engine.errors import RequestError, RunError, one_line, out_of_memory
+from engine.errors import RequestError, RunError, counted, one_line, out_of_memory
 from engine.terminal import log, watched
 
 MOST_OF_STREAM = 1 << 24  # samples of a batch; of other data sets there are only so many
 AHEAD = 8192  # samples whose random numbers are drawn at once
 GATHER = 1 << 21  # bytes of float images that are made at once: small batches cost less together
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Batches
 
 
 class Batches:
@@ -49,8 +45,8 @@ class Batches:
         seed: of order and augmentation.
         num_workers: processes that read samples which are not in memory; None: as many as there are cores.
         limit_batches: of an epoch at most; None takes all.
-        training: the samples are for training; only then come they in another order each epoch (`shuffle`), and may a
-            shorter last batch be left out (`drop_last`).
+        training: the samples are for training; only these come in another order each epoch (`shuffle`), and leave out
+            a shorter last batch (`drop_last`).
 
     Batches are floats `[batch, channels, height, width]`, 0 to 1 before `Normalize`, and labels int64 `[batch]`, or
     float `[batch, num_classes]` where the data set or `target_transform` gives probabilities.
@@ -229,7 +225,7 @@ class Batches:
         batches = self._noting(self.workers.read(epoch, order.split(self.batch_size)), skipped)
         yield from batches if self.device.type == "cpu" else on_device(batches, self.device)
         if skipped:
-            images = "1 image" if len(skipped) == 1 else f"{len(skipped):,} images"
+            images = counted(len(skipped), "image")
             log.warning(f"epoch {epoch}: {images} could not be read and skipped; the first: {skipped[0]}")
 
     def _noting(self, batches: Iterable[Any], skipped: list[str]) -> Iterator[tuple[Tensor, Tensor]]:

@@ -25,10 +25,6 @@ COMMON = ("val_fraction", "limit", "train_transforms", "eval_transforms", "targe
 OF_FILES = ("skip_unreadable", "cache", "cache_dir")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Splits
-
-
 @dataclass(frozen=True)
 class Split:
     """Some samples of a data set.

@@ -138,7 +138,7 @@ class Saver:
         return f"the last good checkpoint is {self.last}" if self.last.exists() else "no checkpoint was saved yet"
 
     def save_epoch(self, best: bool) -> None:
-        """Write last.pt at the end of an epoch that `check` found good; before it best.pt, which it names the epoch of.
+        """Write last.pt at the end of an epoch that `check_finite` found good; before it best.pt, whose epoch it names.
 
         Args:
             best: whether the epoch is the best so far; best.pt holds its weights and what evaluation needs.
@@ -149,7 +149,7 @@ class Saver:
         self._save_last()
 
     def _save_last(self) -> None:
-        """Write last.pt of a state that `check` found good, the one before it becomes previous.pt."""
+        """Write last.pt of a state that `check_finite` found good, the one before it becomes previous.pt."""
         state = {**self.about, **{name: part.state_dict() for name, part in self.parts.items()}}
         checkpoint.write(self.last, state, keep=self.previous)
         self._saved = time.monotonic()
