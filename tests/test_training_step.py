@@ -303,8 +303,9 @@ def test_averages_begin_when_a_run_goes_on_with_them(call: Call) -> None:
 
 @pytest.mark.slow
 def test_compiled_training_is_near_plain_training_and_compiles_once_each(call: Call) -> None:
-    """101 samples in batches of 20: the last holds one and is not compiled for."""
-    run = ["model=cnn", "model.width=4", "epochs=3", "dataset.limit=300", "batch_size=40", "ema.decay=0.5", "seed=1"]
+    """The last batch of an epoch is shorter and not compiled for. Without dropout, whose numbers would be others."""
+    run = ["model=cnn", "model.width=4", "model.dropout=0", "epochs=2", "batch_size=40", "ema.decay=0.5"]
+    run += ["dataset.limit=100", "optimizer.lr=0.01"]
     for name, compile in (("plain", "false"), ("compiled", "true")):
         torch._dynamo.reset()
         counters = torch._dynamo.utils.counters
@@ -316,7 +317,7 @@ def test_compiled_training_is_near_plain_training_and_compiles_once_each(call: C
     plain, compiled = (torch.load(f"checkpoints/{name}/best.pt", weights_only=True) for name in ("plain", "compiled"))
     assert plain["model"].keys() == compiled["model"].keys()
     for name, tensor in plain["model"].items():
-        assert torch.allclose(tensor.float(), compiled["model"][name].float(), rtol=1e-2, atol=1e-3), name
+        assert torch.allclose(tensor.float(), compiled["model"][name].float(), rtol=1e-3, atol=1e-4), name
     assert call("evaluate", "checkpoint=checkpoints/compiled/best.pt").code == 0
 
 
