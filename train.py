@@ -23,7 +23,7 @@ from engine.build import build
 from engine.data.batches import Batches
 from engine.data.devices import choose_device
 from engine.data.mixing import Mixing
-from engine.data.splits import Split, fingerprint, load_splits
+from engine.data.splits import Split, class_counts, fingerprint, load_splits
 from engine.errors import RequestError
 from engine.pictures.curves import LiveCurves
 from engine.run import checkpoint, runs, trust
@@ -57,7 +57,8 @@ def main(config: dict[str, Any]) -> float:
     # Model, loss, optimizer, schedule.
     torch.manual_seed(config["seed"])
     model = to_device(build(config["model"], "model", input_shape=input_shape, num_classes=len(classes)), device)
-    criterion = to_device(build(config["criterion"], "criterion"), device)
+    counts = class_counts(splits["train"], classes)
+    criterion = to_device(build(config["criterion"], "criterion", class_counts=counts), device)
     trained_with = loss_name(criterion, config["dataset"]["target_transform"], batches["train"].mixing is not None)
     try_step(model, criterion, config["optimizer"], batches["train"], input_shape, len(classes), precision)
     optimizer = build(config["optimizer"], "optimizer", model.parameters())
@@ -181,8 +182,7 @@ def batches_of(splits: dict[str, Split], config: dict[str, Any], device: torch.d
     common = {key: config[key] for key in ("batch_size", "seed", "num_workers", "limit_batches")}
     only_training = {key: config[key] for key in ("shuffle", "drop_last", "accumulate")}
     if config["mixup"] or config["cutmix"]:
-        num_classes = splits["train"].num_classes
-        only_training["mixing"] = Mixing(config["mixup"], config["cutmix"], config["seed"], num_classes)
+        only_training["mixing"] = Mixing(config["mixup"], config["cutmix"], config["seed"])
     batches = {}
     for name, split in splits.items():
         phase = "train" if name == "train" else "eval"

@@ -67,7 +67,7 @@ def test_a_model_and_a_dataset_are_dropped_in(tree: Path, process: Call) -> None
 
 
 def test_an_optimizer_a_schedule_and_a_loss_are_dropped_in(tree: Path, process: Call) -> None:
-    files = ("configs/optimizer/nadam.yaml", "configs/scheduler/step.yaml", "losses.py", "configs/criterion/focal.yaml")
+    files = ("configs/optimizer/nadam.yaml", "configs/scheduler/step.yaml", "losses.py", "configs/criterion/poly1.yaml")
     for file in files:
         (tree / file).write_text(block(file))
     command = re.search(r"`python train.py (optimizer=nadam .*?)`", README)
@@ -79,8 +79,8 @@ def test_an_optimizer_a_schedule_and_a_loss_are_dropped_in(tree: Path, process: 
         rates = [float(row["lr"]) for row in csv.DictReader(file)]
     assert rates == pytest.approx([2e-3, 2e-3, 2e-4, 2e-4])
     assert float(re.findall(r"test +accuracy ([\d.]+)%", answer.out)[0]) > 80
-    assert process("train", "criterion=focal", "criterion.gamma=-1", root=tree).error == (
-        "criterion.gamma=-1: expected a number >= 0"
+    assert process("train", "criterion=poly1", "criterion.epsilon=-1", root=tree).error == (
+        "criterion.epsilon=-1: expected a number >= 0"
     )
 
 

@@ -44,7 +44,7 @@ YAML = {
     "model/plain": "_target_: own_models.Plain\nway: plain  # str: what goes wrong",
     "model/vit": "_target_: torchvision.models.VisionTransformer\nimage_size: 224\npatch_size: 112\nnum_layers: 1\n"
     "num_heads: 1\nhidden_dim: 8\nmlp_dim: 8",
-    "criterion/mse": "_target_: torch.nn.MSELoss\nreduction: mean  # str: or none",
+    "criterion/squared": "_target_: torch.nn.MSELoss\nreduction: mean  # str: or none",
     "criterion/poisson": "_target_: torch.nn.PoissonNLLLoss\nfull: false",
     "criterion/weighted": "_target_: own_models.weighted\nlength: 10",
     "optimizer/lbfgs": "_target_: torch.optim.LBFGS\nlr: 1.0",
@@ -70,12 +70,12 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     ("arguments", "said"),
     [
         (
-            ["criterion=mse"],
+            ["criterion=squared"],
             f"criterion MSELoss does not take logits [batch, 10] and labels [batch] of torch.int64: .*{ONE_HOT}",
         ),
-        (["criterion=mse", "batch_size=10"], "MSELoss does not take logits [batch, 10] and labels [batch]"),
+        (["criterion=squared", "batch_size=10"], "MSELoss does not take logits [batch, 10] and labels [batch]"),
         (["criterion=poisson", "batch_size=1"], "PoissonNLLLoss does not take logits [batch, 10] and labels [batch]"),
-        (["criterion=mse", ONE_HOT, "criterion.reduction=none"], "MSELoss gives [12, 10]; expected one number"),
+        (["criterion=squared", ONE_HOT, "criterion.reduction=none"], "MSELoss gives [12, 10]; expected one number"),
         (["criterion=weighted", "criterion.length=3"], "CrossEntropyLoss does not take .*weight tensor .*10 classes"),
         (
             ["dataset.target_transform=torch.nn.functional.gelu"],
@@ -116,7 +116,7 @@ def test_what_fits_is_trained(call: Call, own: str) -> None:
     common = ("epochs=1", "dataset.limit=9", "dataset.val_fraction=0.1", "batch_size=4", own)
     for arguments in (
         ["model=cnn", "model.width=2", f"dataset.train_transforms={LARGER}", f"dataset.eval_transforms={LARGER}"],
-        ["criterion=mse", ONE_HOT],
+        ["criterion=squared", ONE_HOT],
         ["criterion=weighted"],
         ["model=plain"],
     ):

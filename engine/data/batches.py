@@ -16,7 +16,7 @@ from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from engine.data.augment import Resize, to_float
 from engine.data.devices import on_device, place
@@ -265,15 +265,15 @@ class Batches:
             number += 1
 
     def targets(self, labels: Tensor) -> Tensor:
-        """Labels as the loss gets them in training: what `target_transform` makes of them."""
-        transform = self.split.target_transform
-        if transform is None:
-            return labels
-        with users_code(f"dataset.target_transform of labels {list(labels.shape)}"):
-            made = transform(labels, self.split.num_classes)
-        if not isinstance(made, Tensor):
-            raise RunError(f"dataset.target_transform gave {type(made).__name__}; expected a tensor")
-        return made.float() if made.ndim == 2 else made
+        """Labels as the loss gets them in training: by `target_transform`, and as probabilities where they are mixed."""
+        if transform := self.split.target_transform:
+            with users_code(f"dataset.target_transform of labels {list(labels.shape)}"):
+                labels = transform(labels, self.split.num_classes)
+            if not isinstance(labels, Tensor):
+                raise RunError(f"dataset.target_transform gave {type(labels).__name__}; expected a tensor")
+        if self.mixing and labels.ndim == 1:
+            labels = nn.functional.one_hot(labels, self.split.num_classes)
+        return labels.float() if labels.ndim == 2 else labels
 
     def sample_shape(self) -> tuple[int, int, int]:
         """(channels, height, width) of an image as the model gets it.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from engine.data.draws import sample_seed, send
 
@@ -19,15 +19,15 @@ class Mixing:
         cutmix: the same of the area that an image keeps; the rest is a rectangle of its partner's (arXiv:1905.04899).
     """
 
-    def __init__(self, mixup: float | None, cutmix: float | None, seed: int, num_classes: int) -> None:
-        self.mixup, self.cutmix, self.seed, self.num_classes = mixup, cutmix, seed, num_classes
+    def __init__(self, mixup: float | None, cutmix: float | None, seed: int) -> None:
+        self.mixup, self.cutmix, self.seed = mixup, cutmix, seed
 
     def __call__(self, images: Tensor, labels: Tensor, epoch: int, step: int) -> tuple[Tensor, Tensor]:
         """Mixed images `[batch, channels, height, width]` and probabilities `[batch, num_classes]`.
 
         Args:
             images: floats.
-            labels: class indices `[batch]`, or probabilities `[batch, num_classes]`.
+            labels: probabilities `[batch, num_classes]`.
             epoch: from 1.
             step: of the epoch, from 0.
         """
@@ -50,9 +50,8 @@ class Mixing:
             inside = rows[:, :, None] & columns[:, None, :] & cut[:, None, None]
             share = np.where(cut, 1 - inside.mean((1, 2)), share)
             mixed = torch.where(send(torch.from_numpy(inside), device)[:, None], other, mixed)
-        own = labels if labels.ndim == 2 else nn.functional.one_hot(labels, self.num_classes)
         kept = send(torch.from_numpy(share).float(), device)[:, None]
-        return mixed, kept * own + (1 - kept) * own.index_select(0, partners)
+        return mixed, kept * labels + (1 - kept) * labels.index_select(0, partners)
 
 
 def _spans(centre: np.ndarray, length: np.ndarray, size: int) -> np.ndarray:

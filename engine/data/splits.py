@@ -303,6 +303,14 @@ def _labels(part: Any) -> Tensor | None:
     return known.long() if known.ndim == 1 and not known.is_floating_point() and len(known) == _count(part) else None
 
 
+def class_counts(split: Split, classes: list[str]) -> dict[str, int] | None:
+    """Samples of every class, or None where only reading all of them would tell."""
+    labels = _labels(split.part)
+    if labels is None or split.indices is None:
+        return None
+    return dict(zip(classes, labels[split.indices].bincount(minlength=len(classes)).tolist(), strict=True))
+
+
 def hold_out(labels: Tensor | None, count: int, fraction: float, seed: int = 0) -> Tensor:
     """A mask `[count]` of the same share of every class, or of all samples where their labels are not known.
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from engine.data.batches import Batches
 from engine.data.images import UNREADABLE, ImageFiles
-from engine.data.splits import Split, load_splits
+from engine.data.splits import Split, class_counts, load_splits
 from engine.data.transforms import parse_transforms
 from engine.errors import RequestError, RunError, counted, one_line, printable
 from engine.pictures.style import Page, fitted, house_style, viewable
@@ -102,23 +102,18 @@ def statistics(batches: Batches, num_classes: int) -> tuple[Tensor, Tensor, Tens
     return counts, mean, (squares / pixels - mean.square()).clamp(min=0).sqrt()
 
 
-def table(classes: Sequence[str], train: Tensor, others: dict[str, Split]) -> str:
+def table(classes: list[str], train: Tensor, others: dict[str, Split]) -> str:
     """Samples of every class in every split; a dash where only reading all samples would tell."""
-    known = {"train": train.tolist(), **{name: _counts(split, len(classes)) for name, split in others.items()}}
+    known: dict[str, dict[str, int] | None] = {"train": dict(zip(classes, train.tolist(), strict=True))}
+    known |= {name: class_counts(split, classes) for name, split in others.items()}
     columns = [["class", *(printable(name) for name in classes), "all"]]
-    for name, counts in known.items():
-        cells = ["-"] * (len(classes) + 1) if counts is None else [f"{count:,}" for count in (*counts, sum(counts))]
+    for name, of_class in known.items():
+        counts = list(of_class.values()) if of_class else []
+        cells = [f"{count:,}" for count in (*counts, sum(counts))] if of_class else ["-"] * (len(classes) + 1)
         columns.append([name, *cells])
     width = max(len(cell) for cell in columns[0])
     lines = zip(*columns, strict=True)
     return "\n".join(f"{name:<{width}}" + "".join(f"{cell:>9}" for cell in cells) for name, *cells in lines)
-
-
-def _counts(split: Split, num_classes: int) -> list[int] | None:
-    labels = split.part[1] if isinstance(split.part, tuple) else getattr(split.part, "targets", None)
-    if labels is None or split.indices is None:
-        return None
-    return torch.as_tensor(labels)[split.indices].bincount(minlength=num_classes).tolist()
 
 
 def samples_figure(images: np.ndarray, titles: Sequence[str]) -> Figure:

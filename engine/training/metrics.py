@@ -189,7 +189,7 @@ def loss_name(criterion: nn.Module, target_transform: str | None = None, mixed: 
         changes.append("mixed samples")
     if is_plain and not changes:
         return None
-    name = "cross-entropy" if is_plain else type(criterion).__name__
+    name = "cross-entropy" if is_plain else getattr(criterion, "name", type(criterion).__name__)
     return f"{name} with {' and '.join(changes)}" if changes else name
 
 

@@ -14,6 +14,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from engine.errors import RequestError
 from engine.terminal import log
+from engine.training.losses import WeightedCrossEntropy
 
 
 class Step:
@@ -148,7 +149,9 @@ def mean_of(criterion: nn.Module) -> bool:
 
 def weight_of(criterion: nn.Module, labels: Tensor) -> Any:
     """What samples weigh in the mean that a loss is: their number, or their classes' weights in all."""
-    weight = getattr(criterion, "weight", None)
+    if isinstance(criterion, WeightedCrossEntropy):
+        return criterion.weight_of(labels)
+    weight = getattr(criterion, "weight", None)  # torch's own losses weigh class indices, not probabilities
     return len(labels) if weight is None or labels.ndim == 2 else weight[labels].sum()
 
 
