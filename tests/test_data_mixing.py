@@ -71,7 +71,7 @@ def test_shares_follow_the_beta_distribution() -> None:
 
 
 def test_with_both_each_image_is_mixed_in_one_of_the_ways() -> None:
-    images, labels, hot = one_hot_images(400)
+    images, _, hot = one_hot_images(400)
     mixed, _ = Mixing(1.0, 1.0, 0)(images, hot, 1, 0)
     blended = (mixed.frac() != 0).any(dim=(1)).any(1).any(1)  # no pixel of a single image has a fraction
     cut = mixed.amin((1, 2, 3)) != mixed.amax((1, 2, 3))

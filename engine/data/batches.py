@@ -265,7 +265,7 @@ class Batches:
             number += 1
 
     def targets(self, labels: Tensor) -> Tensor:
-        """Labels as the loss gets them in training: by `target_transform`, and as probabilities where they are mixed."""
+        """Labels as the loss gets them: by `target_transform`, and as probabilities where they are mixed."""
         if transform := self.split.target_transform:
             with users_code(f"dataset.target_transform of labels {list(labels.shape)}"):
                 labels = transform(labels, self.split.num_classes)
