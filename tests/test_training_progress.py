@@ -166,3 +166,23 @@ def test_all_generators_go_on_where_they_were_saved(tmp_path: Any) -> None:
     assert draw() != expected
     RandomStates().load_state_dict(torch.load(tmp_path / "states.pt", weights_only=True))
     assert draw() == expected
+
+
+def test_random_states_of_devices_that_came_or_went_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    restored: list[int] = []
+    monkeypatch.setattr("engine.run.state.log.info", said.append)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, number: restored.append(number))
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    states = RandomStates()
+    state = {key: value for key, value in states.state_dict().items() if key != "cuda"}
+    for saved, here in ((2, 2), (3, 1), (0, 2), (0, 0)):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda here=here: here)
+        states.load_state_dict({**state, **({"cuda": [None] * saved} if saved else {})})
+    states.load_state_dict({**state, "mps": None})
+    assert restored == [0, 1, 0]
+    assert said == [
+        "warning  random states not restored: those of cuda:1, cuda:2, not in this machine; dropout may differ",
+        "warning  random states not restored: those of cuda:0, cuda:1, not saved; dropout may differ",
+        "warning  random states not restored: those of mps, not in this machine; dropout may differ",
+    ]
