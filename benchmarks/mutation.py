@@ -55,7 +55,7 @@ TESTS: dict[str, Sequence[str]] = {
     "engine/run/runs.py": ["run_directory", "run_compare"],
     "engine/command/resume.py": ["command_resume"],
     "engine/command/sweep.py": ["command_sweep"],
-    "train.py": ["training_progress", "reference", "train", "run_resume"],
+    "train.py": ["train_parts", "training_progress"],
 }
 IMPORTED = ("torch", "torchvision.transforms.v2", "numpy", "hydra", "pytest", "matplotlib.figure", "tqdm", "sklearn")
 SKIPPED = re.compile(r"__name__ == ")  # whether a program is started by hand
@@ -147,7 +147,10 @@ def mutants(file: str, most: int, seed: int) -> tuple[list[Mutant], int]:
     for line, operator, occurrence in places:
         if len(found) == most:
             break
-        changed = mutate_code(source, get_operator(operator)(), occurrence)
+        try:
+            changed = mutate_code(source, get_operator(operator)(), occurrence)
+        except AttributeError:  # of cosmic-ray, which has no other exception for one with a dotted name
+            changed = None
         if changed is None or meaning(changed) in (None, plain) or SKIPPED.search(lines[line - 1]):
             left_out += 1
         else:
