@@ -6,6 +6,7 @@ import errno
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -351,6 +352,9 @@ def test_a_refused_run_is_taken_away_if_it_was_made_for_it() -> None:
     runs.create(config_of("new"))
     runs.abandon(RequestError("no"))
     assert names() == []  # and no link to it
+    shutil.rmtree(runs.create(config_of("new")))
+    runs.abandon(RequestError("no"))
+    assert names() == []  # whoever took it away
     old = made("old")
     runs.create(config_of("new"))
     runs.reopen({"resume": str(old)})
@@ -404,7 +408,7 @@ def test_a_run_is_named_by_its_directory_a_file_in_it_or_latest() -> None:
     for name in ("checkpoints/run", "checkpoints/run/", "checkpoints/run/last.pt", "checkpoints/run/best.pt", "latest"):
         assert runs.find(name) == run, name
     assert runs.find(str(run.resolve() / "last.pt")) == run.resolve()
-    for name in ("run", "checkpoints", "checkpoints/run/best", "checkpoints/nothing/last.pt", "x" * 5000):
+    for name in ("run", "checkpoints", "checkpoints/run/best", "checkpoints/run/a.txt", "no/last.pt", "x" * 5000):
         with pytest.raises(RequestError) as error:
             runs.find(name)
         said = str(error.value)

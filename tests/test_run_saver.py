@@ -184,12 +184,13 @@ def test_a_loss_that_is_no_number_is_found_within_a_second_or_before_it_is_saved
 
 
 def test_the_device_is_waited_for_once_a_second_at_most(tmp_path: Path, now: list[float], written: Written) -> None:
+    now[0] = 3.0
     saver, looked = saver_of(tmp_path), list[float]()
     saver.tally.first_bad_step = lambda: looked.append(now[0])
-    for tenth in range(35):
-        now[0] = 1000 + tenth / 10
+    for second in [3 + eighth / 8 for eighth in range(28)] + [12.5, 13.0, 14.25, 15.0]:
+        now[0] = second
         saver.after_step()
-    assert looked == [1001.0, 1002.0, 1003.0]
+    assert looked == [4.0, 5.0, 6.0, 12.5, 14.25]
 
 
 def test_best_is_written_before_last_which_names_it(tmp_path: Path, written: Written) -> None:
@@ -532,6 +533,7 @@ def test_an_optimizer_that_finds_all_it_needs_takes_it_over(tmp_path: Path, said
     nothing.mkdir()
     stopped(nothing, epochs_done=0, steps=0)  # nothing kept yet, which fits every optimizer
     saver_of(nothing, optimizer=ADAM).restore(["optimizer sgd -> adam"], steps_per_epoch=3)
+    saver_of(tmp_path, optimizer={**SGD, "momentum": 0.0}).restore(["as asked"], steps_per_epoch=3)  # which needs none
     assert not [line for line in said if "begins without averages" in line]
 
 
@@ -574,6 +576,21 @@ def test_a_state_of_another_model_does_not_fit(tmp_path: Path, said: list[str]) 
     saver.parts["model"] = nn.Linear(5, 2)
     with pytest.raises(RequestError, match=r"last.pt: does not fit this run \(.*size mismatch for weight"):
         saver.restore([], steps_per_epoch=3)
+
+
+@pytest.mark.parametrize("kind", [KeyError, IndexError, ValueError, TypeError, AttributeError, RuntimeError])
+def test_whatever_a_part_says_of_a_state_is_one_line(
+    tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
+) -> None:
+    def load(state: dict[str, Any]) -> None:
+        raise kind("no such\ngroup")
+
+    stopped(tmp_path)
+    saver = saver_of(tmp_path)
+    monkeypatch.setattr(saver.optimizer, "load_state_dict", load)
+    with pytest.raises(RequestError) as error:
+        saver.restore([], steps_per_epoch=3)
+    assert str(error.value).startswith(f"{tmp_path}/last.pt: does not fit this run (") and "\n" not in str(error.value)
 
 
 def test_memory_that_runs_out_while_a_state_is_loaded(
@@ -693,13 +710,8 @@ def test_a_state_that_no_run_writes_is_refused_before_anything_is_loaded(tmp_pat
     stopped(tmp_path)
     whole, saver = checkpoint.read(tmp_path / "last.pt"), saver_of(tmp_path, seed=1)
     before = state(saver)
-    for key in (("progress", "epoch"), ("tally",), ("scheduler", "steps")):
-        saved = copy.deepcopy(whole)
-        target = saved
-        for name in key[:-1]:
-            target = target[name]
-        del target[key[-1]]
-        checkpoint.write(tmp_path / "last.pt", saved)
+    for name, value in (("progress", {}), ("progress", 7), ("optimizer", {"state": []}), ("data", None)):
+        checkpoint.write(tmp_path / "last.pt", {**whole, name: value})
         with pytest.raises(RequestError, match=r"last.pt: holds no run that can go on \("):
             saver.restore([], steps_per_epoch=3)
     assert same(state(saver), before)
