@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
 
 from engine import files
 from engine.build import build
 from engine.data.batches import Batches
 from engine.data.devices import choose_device
+from engine.data.mixing import Mixing
 from engine.data.splits import Split, fingerprint, load_splits
 from engine.errors import RequestError
 from engine.pictures.curves import LiveCurves
@@ -34,6 +34,7 @@ from engine.terminal import log, watched
 from engine.training.display import Bar, epoch_line
 from engine.training.metrics import Tally, accuracy, evaluate, loss_name
 from engine.training.schedules import build_schedule
+from engine.training.step import Step, choose_precision
 from engine.training.trial import to_device, try_step
 
 
@@ -51,15 +52,29 @@ def main(config: dict[str, Any]) -> float:
     check_early_stopping(patience, splits)
     batches = batches_of(splits, config, device)
     input_shape, steps = batches["train"].sample_shape(), len(batches["train"])
+    precision = choose_precision(config["precision"], device)
 
     # Model, loss, optimizer, schedule.
     torch.manual_seed(config["seed"])
     model = to_device(build(config["model"], "model", input_shape=input_shape, num_classes=len(classes)), device)
     criterion = to_device(build(config["criterion"], "criterion"), device)
-    trained_with = loss_name(criterion, config["dataset"]["target_transform"])
-    try_step(model, criterion, config["optimizer"], batches["train"], input_shape, len(classes))
+    trained_with = loss_name(criterion, config["dataset"]["target_transform"], batches["train"].mixing is not None)
+    try_step(model, criterion, config["optimizer"], batches["train"], input_shape, len(classes), precision)
     optimizer = build(config["optimizer"], "optimizer", model.parameters())
     schedule = build_schedule(config["scheduler"], optimizer, config["epochs"], steps)
+    step = Step(
+        model,
+        optimizer,
+        schedule,
+        device,
+        batch_size=config["batch_size"],
+        precision=precision,
+        clip_grad_norm=config["clip_grad_norm"],
+        ema_decay=config["ema"]["decay"],
+    )
+    if config["compile"]:
+        step.compile()
+        try_step(model, criterion, config["optimizer"], batches["train"], input_shape, len(classes), precision)
 
     # The run: its directory, and what it saves.
     directory = runs.reopen(config) if config["resume"] else runs.create(config)
@@ -73,26 +88,26 @@ def main(config: dict[str, Any]) -> float:
         "data": fingerprint(splits),
         "environment": {"device": str(device), "threads": torch.get_num_threads(), **runs.environment()},
     }
-    progress, tally = Progress(), Tally(device)
-    parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "scheduler": schedule}
+    progress, tally = Progress(), Tally(device, config["accumulate"])
+    parts: dict[str, Any] = {"model": step.evaluated, "optimizer": optimizer, "scheduler": schedule, "step": step}
     parts |= {"tally": tally, "progress": progress, "random": RandomStates()}
     saver = Saver(directory, about, parts, **config["checkpoint"])
-    describe(config, model, splits, input_shape, device, directory, trained_with)
+    describe(config, model, splits, input_shape, device, precision, directory, trained_with)
     if config["resume"]:
         saver.restore(config["changed"], steps)
         runs.save_config(directory, config)
 
     # The epochs.
-    clip = config["clip_grad_norm"]
     trackers = Trackers(config, directory, next_epoch=progress.epoch)
     curves = LiveCurves(directory / "curves.png", trained_with)
     with frozen_memory(), curves, trackers, saver:
         while progress.epoch <= config["epochs"] and not stop_early(progress, patience):
-            train_epoch(model, batches["train"], criterion, optimizer, schedule, saver, config["epochs"], clip)
+            train_epoch(batches["train"], criterion, step, saver, config["epochs"])
+            step.tell_skipped()
             row = row_of(progress, tally)
             if "val" in batches:
                 shown = watched(saver.until_stopped(batches["val"]), "validation", len(batches["val"]))
-                row["val_loss"], confusion = evaluate(model, shown, len(classes))
+                row["val_loss"], confusion = evaluate(step.evaluated, shown, len(classes))
                 row["val_accuracy"] = accuracy(confusion)
 
             saver.check_finite(row["val_loss"])
@@ -123,34 +138,21 @@ def main(config: dict[str, Any]) -> float:
     return progress.best["val_accuracy" if "val" in batches else "train_accuracy"]
 
 
-def train_epoch(
-    model: nn.Module,
-    batches: Batches,
-    criterion: nn.Module,
-    optimizer: Optimizer,
-    schedule: Any,
-    saver: Saver,
-    epochs: int,
-    clip_grad_norm: float | None = None,
-) -> None:
+def train_epoch(batches: Batches, criterion: nn.Module, step: Step, saver: Saver, epochs: int) -> None:
     """Train on the batches of an epoch that are still to come; loss and counts are in the saver's tally afterwards."""
     tally: Tally = saver.tally
     progress = saver.progress
-    model.train()
-    progress.begin_epoch(lr=optimizer.param_groups[0]["lr"])
-    bar = Bar(f"epoch {progress.epoch}/{epochs}", len(batches), progress.batch, tally, optimizer)
-    for images, labels in batches.epoch(progress.epoch, start=progress.batch):
-        logits = model(images)
-        loss = criterion(logits, labels)
+    step.model.train()
+    progress.begin_epoch(lr=step.optimizer.param_groups[0]["lr"])
+    bar = Bar(f"epoch {progress.epoch}/{epochs}", len(batches), progress.batch, tally, step.optimizer)
+    for batch in batches.epoch(progress.epoch, start=progress.batch):
+        for images, labels, share in step.micro_batches(*batch, criterion):  # one, unless accumulate=N asks for more
+            logits = step.forward(images)  # in the chosen precision
+            loss = criterion(logits, labels)
+            step.backward(loss, share)
+            tally.add(loss, logits, labels)
+        step.update()  # unscale, clip, step, zero; then the next learning rate, and the averaged weights
 
-        optimizer.zero_grad()
-        loss.backward()
-        if clip_grad_norm:
-            nn.utils.clip_grad_norm_(model.parameters(), clip_grad_norm)
-        optimizer.step()
-        schedule.step()
-
-        tally.add(loss, logits, labels)
         progress.batch += 1
         bar.update()
         saver.after_step()  # saves when it is time, leaves when told to
@@ -177,12 +179,16 @@ def batches_of(splits: dict[str, Split], config: dict[str, Any], device: torch.d
         RequestError: training's images come out in another shape than the test's.
     """
     common = {key: config[key] for key in ("batch_size", "seed", "num_workers", "limit_batches")}
-    only_training = {"training": True, "shuffle": config["shuffle"], "drop_last": config["drop_last"]}
+    only_training = {key: config[key] for key in ("shuffle", "drop_last", "accumulate")}
+    if config["mixup"] or config["cutmix"]:
+        num_classes = splits["train"].num_classes
+        only_training["mixing"] = Mixing(config["mixup"], config["cutmix"], config["seed"], num_classes)
     batches = {}
     for name, split in splits.items():
         phase = "train" if name == "train" else "eval"
         transforms = config["dataset"][f"{phase}_transforms"]
-        batches[name] = Batches(split, transforms, device, **common, **(only_training if phase == "train" else {}))
+        only = {"training": True, **only_training} if phase == "train" else {}
+        batches[name] = Batches(split, transforms, device, **common, **only)
     shapes = [list(batches[name].sample_shape()) for name in ("train", "test")]
     if shapes[0] != shapes[1]:
         raise RequestError(
@@ -257,6 +263,7 @@ def describe(
     splits: dict[str, Split],
     input_shape: tuple[int, int, int],
     device: torch.device,
+    precision: str,
     directory: Path,
     trained_with: str | None,
 ) -> None:
@@ -265,7 +272,8 @@ def describe(
     shape, num_classes = "x".join(map(str, input_shape)), splits["train"].num_classes
     log.info(f"model    {choices['model']}, {sum(p.numel() for p in model.parameters()):,} parameters")
     log.info(f"data     {choices['dataset']}, {sizes}, images {shape}, {num_classes} classes")
-    log.info(f"device   {device}" + (f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""))
+    name = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
+    log.info(f"device   {device}{name}" + (f", {precision}" if config["precision"] != "fp32" else ""))
     log.info(f"run      {directory}")
     if "val" not in splits:
         reason = "dataset.val_fraction=0" if not config["dataset"]["val_fraction"] else "the samples cannot be divided"
@@ -277,3 +285,5 @@ def describe(
     log.debug(f"{model}\n" + "\n".join(f"{name} {list(p.shape)}" for name, p in model.named_parameters()))
     if trained_with:
         log.info(f"loss     {trained_with} in training, plain cross-entropy in validation and test")
+    if config["mixup"] or config["cutmix"]:
+        log.info("mixed    a training image is right with the class of its larger share")

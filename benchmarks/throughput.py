@@ -53,6 +53,7 @@ from engine.run.saver import Saver  # noqa: E402
 from engine.run.state import Progress, RandomStates  # noqa: E402
 from engine.training.metrics import Tally  # noqa: E402
 from engine.training.schedules import build_schedule  # noqa: E402
+from engine.training.step import Step  # noqa: E402
 
 Loop = Callable[[], None]  # trains one epoch
 SHOWING: list[float] = []  # seconds that pictures and CSV took after each of this project's epochs
@@ -175,18 +176,19 @@ def this_project(setup: Setup) -> Loop:
     criterion = build(config["criterion"], "criterion")
     optimizer = build(config["optimizer"], "optimizer", model.parameters())
     schedule = build_schedule(config["scheduler"], optimizer, 10**4, len(batches))
+    step = Step(model, optimizer, schedule, setup.device, batch_size=config["batch_size"])
     progress, tally = Progress(), Tally(setup.device)
-    parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "scheduler": schedule, "tally": tally}
+    parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "scheduler": schedule, "step": step}
     about = {"format": checkpoint.FORMAT, "config": config, "classes": classes, "input_shape": [1, 28, 28]}
     directory = tempfile.TemporaryDirectory()
     folder = Path(directory.name)
-    parts |= {"progress": progress, "random": RandomStates()}
+    parts |= {"tally": tally, "progress": progress, "random": RandomStates()}
     saver = Saver(folder, about, parts, **config["checkpoint"])
     curves = LiveCurves(folder / "curves.png")
 
     def epoch(directory: Any = directory) -> None:  # in step with train.main, less the validation that others lack
         with Terminal():
-            train.train_epoch(model, batches, criterion, optimizer, schedule, saver, config["epochs"])
+            train.train_epoch(batches, criterion, step, saver, config["epochs"])
         loss, accuracy = tally.read()
         row = dict.fromkeys(runs.COLUMNS) | {"epoch": progress.epoch, "train_loss": loss, "train_accuracy": accuracy}
         row |= {"lr": progress.lr, "seconds": progress.seconds}

@@ -89,7 +89,8 @@ def splits_of(**sizes: int) -> dict[str, Split]:
 def config_of(**settings: Any) -> dict[str, Any]:
     config: dict[str, Any] = {"batch_size": 4, "seed": 5, "num_workers": 0, "limit_batches": None}
     config |= {"shuffle": True, "drop_last": True, "dataset": {"train_transforms": [], "eval_transforms": []}}
-    config |= {"choices": {"model": "mlp", "dataset": "digits"}, "deterministic": False}
+    config |= {"choices": {"model": "mlp", "dataset": "digits"}, "deterministic": False, "precision": "fp32"}
+    config |= {"accumulate": 1, "mixup": None, "cutmix": None}
     return {**config, **settings}
 
 
@@ -195,12 +196,12 @@ def test_a_summary_by_hand() -> None:
     }
 
 
-def described(said: list[str], splits: dict[str, Split], device: str = "cpu", **settings: Any) -> list[str]:
+def described(said: list[str], splits: dict[str, Split], name: str = "cpu", **settings: Any) -> list[str]:
     said.clear()
-    trained_with = settings.pop("trained_with", None)
-    config = config_of(**{"dataset": {"val_fraction": 0.1}, **settings})
-    model = nn.Linear(1000, 3)
-    train.describe(config, model, splits, (3, 8, 9), torch.device(device), Path("checkpoints/run"), trained_with)
+    trained_with, directory = settings.pop("trained_with", None), Path("checkpoints/run")
+    config, device = config_of(**{"dataset": {"val_fraction": 0.1}, **settings}), torch.device(name)
+    precision = {"auto": "bf16"}.get(config["precision"], config["precision"])
+    train.describe(config, nn.Linear(1000, 3), splits, (3, 8, 9), device, precision, directory, trained_with)
     return said
 
 
@@ -215,7 +216,11 @@ def test_what_is_about_to_be_trained(said: list[str], monkeypatch: pytest.Monkey
     ]
     parameters = "# Linear(in_features=1000, out_features=3, bias=True)\nweight [3, 1000]\nbias [3]"
     assert described(said, whole) == [*common, parameters]
-    assert described(said, whole, device="cuda:1")[2] == "device   cuda:1 (card 1)"
+    assert described(said, whole, "cuda:1")[2] == "device   cuda:1 (card 1)"
+    assert described(said, whole, "cuda:1", precision="auto")[2] == "device   cuda:1 (card 1), bf16"
+    mixed = "mixed    a training image is right with the class of its larger share"
+    for technique in ("mixup", "cutmix"):
+        assert described(said, whole, **{technique: 0.5}) == [*common, parameters, mixed]
     loss = "loss     MSELoss in training, plain cross-entropy in validation and test"
     assert described(said, whole, trained_with="MSELoss") == [*common, parameters, loss]
     slow = "deterministic=true: PyTorch's deterministic algorithms only, which can be several times slower on a GPU"

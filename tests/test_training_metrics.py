@@ -145,7 +145,7 @@ def test_labels_may_be_probabilities() -> None:
 def test_a_tally_holds_no_graph() -> None:
     tally = counted(STEPS)
     assert not any(tensor.requires_grad for step in tally._aside for tensor in step)
-    assert not tally._steps()[0].requires_grad
+    assert not tally._counted()[0].requires_grad
 
 
 # ---------------------------------------------------------------------------------------------------------------------

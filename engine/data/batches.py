@@ -22,6 +22,7 @@ from engine.data.augment import Resize, to_float
 from engine.data.devices import on_device, place
 from engine.data.draws import Draws, own_randomness, sample_seed, seed_everything
 from engine.data.images import ImageFiles, open_image
+from engine.data.mixing import Mixing
 from engine.data.reader import Reader, SampleStream, users_code
 from engine.data.splits import Split
 from engine.data.transforms import PerImage, apply, parse_transforms
@@ -47,6 +48,8 @@ class Batches:
         limit_batches: of an epoch at most; None takes all.
         training: the samples are for training; only these come in another order each epoch (`shuffle`), and leave out
             a shorter last batch (`drop_last`).
+        accumulate: times `batch_size` samples in a batch, which is what a step takes.
+        mixing: mixes the samples of a batch.
 
     Batches are floats `[batch, channels, height, width]`, 0 to 1 before `Normalize`, and labels int64 `[batch]`, or
     float `[batch, num_classes]` where the data set or `target_transform` gives probabilities.
@@ -68,17 +71,25 @@ class Batches:
         training: bool = False,
         shuffle: bool = True,
         drop_last: bool = False,
+        accumulate: int = 1,
+        mixing: Mixing | None = None,
     ) -> None:
         self.split, self.device, self.training = split, device, training
-        self.batch_size, self.seed, self.limit = batch_size, seed, limit_batches
+        self.batch_size, self.seed, self.limit = batch_size * accumulate, seed, limit_batches
+        self.micro_batch_size, self.mixing = batch_size, mixing
         self.shuffle, self.drop_last = training and shuffle, training and drop_last
         option = f"dataset.{'train' if training else 'eval'}_transforms"
         parsed = parse_transforms(transforms, option)
         self.samples = self._count_samples()
+        sizes = f"batch_size={batch_size}" + (f" accumulate={accumulate}" if accumulate > 1 else "")
+        if accumulate > 1 and (least := batch_size * (accumulate - 1)) >= self.samples:
+            raise RequestError(
+                f"accumulate={accumulate}: an epoch has {self.samples:,} samples, a step would take over {least:,}; "
+                f"at most {math.ceil(self.samples / batch_size)} goes with batch_size={batch_size}"
+            )
         if self.drop_last and split.indices is not None and self.samples < self.batch_size:
             raise RequestError(
-                f"drop_last=true leaves no batch: {self.samples} training samples, batch_size={self.batch_size}; "
-                "lower batch_size"
+                f"drop_last=true leaves no batch: {self.samples} training samples, {sizes}; lower batch_size"
             )
         is_in_memory = isinstance(split.part, tuple)
         for_images = _count_image_transforms(parsed, is_in_memory)
@@ -95,7 +106,7 @@ class Batches:
         if split.indices is None:
             if self.batch_size > MOST_OF_STREAM:
                 raise RequestError(
-                    f"batch_size={self.batch_size}: of {type(split.part).__name__}, which is iterable-style, "
+                    f"{sizes}: of {type(split.part).__name__}, which is iterable-style, "
                     f"at most {MOST_OF_STREAM:,} samples are read for a batch"
                 )
             self._stream = SampleStream(reader)
@@ -166,7 +177,7 @@ class Batches:
         """
         if start and start >= len(self):
             return  # resumed where the last batch was done
-        with self._memory_told(self.batch_size):
+        with self._memory_told(self.micro_batch_size):
             yield from self._epoch(epoch, start)
 
     @contextmanager
@@ -191,7 +202,7 @@ class Batches:
             source = self._gather(order)
         else:
             source = self._read(epoch, order)
-        done, group = 0, self.gathered * max(1, AHEAD // self.gathered)
+        step, done, group = start, 0, self.gathered * max(1, AHEAD // self.gathered)
         for images, labels in source:
             if self.is_random:
                 if done % group == 0:
@@ -206,7 +217,12 @@ class Batches:
                 images = apply(self.batch_transforms, images, None)
             images = to_float(images)
             for x, y in zip(images.split(self.batch_size), labels.split(self.batch_size), strict=True):
-                yield x, self.targets(y) if self.training else y
+                if self.training:
+                    y = self.targets(y)
+                if self.mixing:
+                    x, y = self.mixing(x, y, epoch, step)
+                yield x, y
+                step += 1
 
     __iter__ = epoch
 

@@ -1,8 +1,8 @@
 """Saving a run while it trains, so that it can be killed at any moment and go on with the same bits.
 
 Everything that continuing needs is a part with `state_dict()` and `load_state_dict()`: model, optimizer, schedule,
-tally, progress, random states. last.pt holds them all as data. It is written between two steps: every epoch, every so
-many minutes or steps, and when the run is told to stop.
+step, tally, progress, random states. last.pt holds them all as data. It is written between two steps: every epoch,
+every so many minutes or steps, and when the run is told to stop.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ class Saver:
     Args:
         directory: the run's.
         about: what both files say of the run (configuration, classes, input shape ...).
-        parts: what last.pt keeps, by name: model, optimizer, scheduler, tally, progress and others with a state.
+        parts: what last.pt keeps, by name: model (as it is evaluated), optimizer, scheduler, step, tally, progress and
+            others with a state.
         every_minutes: save last.pt within an epoch after so long, or None.
         every_steps: and after so many steps, or None.
     """
@@ -200,7 +201,7 @@ class Saver:
             if name == "optimizer" and changed and not _fits(self.about["config"]["optimizer"], saved[name]):
                 log.info(f"changed  {type(part).__name__} begins without averages: those saved are another kind's")
                 continue
-            part.load_state_dict(saved[name])
+            part.load_state_dict(saved.get(name, {}) if name == "step" else saved[name])  # it is newer than the format
         steps = saved["scheduler"]["steps"]
         if changed:
             self.progress.batch, steps = 0, (self.progress.epoch - 1) * steps_per_epoch
@@ -234,7 +235,9 @@ def check_saved(saved: dict[str, Any], model: Any) -> None:
     progress, tally, history = saved["progress"], saved["tally"], saved["progress"]["history"]
     if not isinstance(saved["data"], str) or not isinstance(saved["environment"], dict):
         raise ValueError("its data and environment are no descriptions")
+    step = saved.get("step", {})
     counts = [progress["epoch"], progress["batch"], saved["scheduler"]["steps"], tally["correct"]]
+    counts += [step.get("skipped", 0), step.get("averaged", 0)]
     if not all(type(count) is int and 0 <= count < 1 << 63 for count in counts):
         raise ValueError(f"its counts of epochs and steps are {shortened(str(counts))}")
     for row in [*history, *([progress["best"]] if progress["best"] else [])]:
@@ -249,6 +252,8 @@ def check_saved(saved: dict[str, Any], model: Any) -> None:
         raise ValueError("its seconds and learning rate are no numbers")
     if tally["losses"].ndim != 1 or tally["losses"].shape != torch.as_tensor(tally["sizes"]).shape:
         raise ValueError("its losses and batches are not as many")
+    if not all(map(_is_finite_number, step.get("scaler", {}).values())):
+        raise ValueError(f"its gradient scaler is {shortened(str(step['scaler']))}")
     shapes = [parameter.shape for parameter in model.parameters()]
     for number, state in saved["optimizer"]["state"].items():
         for name, value in state.items():

@@ -17,26 +17,30 @@ def class_of(labels: Tensor) -> Tensor:
 class Tally:
     """Loss and accuracy of a training epoch; nothing here waits for the device until it is read.
 
-    Steps are put aside and counted many at a time: counting each would cost as much as a small model's layer.
+    Micro-batches are put aside and counted many at a time: counting each would cost as much as a small model's layer.
+
+    Args:
+        device: where they are counted.
+        accumulate: micro-batches of a step.
     """
 
     MOST = 1 << 18  # logits put aside at most
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, accumulate: int = 1) -> None:
+        self.device, self.accumulate = device, accumulate
         self.reset()
 
     def reset(self) -> None:
         """Begin an epoch."""
         self.samples = 0
-        self.losses: list[Tensor] = []  # `[steps]` each, on the device; all are kept, to name a bad one
-        self.sizes: list[Tensor] = []  # as many, on the CPU: the samples of each step
+        self.losses: list[Tensor] = []  # `[micro-batches]` each, on the device; all are kept, to name a bad one
+        self.sizes: list[Tensor] = []  # as many, on the CPU: the samples of each
         self.correct = torch.zeros((), dtype=torch.int64, device=self.device)
         self._aside: list[tuple[Tensor, Tensor, Tensor]] = []
         self._logits = 0
 
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """Count a step: its mean loss, logits `[batch, num_classes]` and labels."""
+        """Count a micro-batch: its mean loss, logits `[batch, num_classes]` and labels."""
         self._aside.append((loss.detach(), logits.detach(), labels))
         self.samples += len(labels)
         self._logits += logits.numel()
@@ -51,8 +55,8 @@ class Tally:
             self.correct += (torch.cat(logits).argmax(1) == class_of(torch.cat(labels))).sum()
             self._aside, self._logits = [], 0
 
-    def _steps(self) -> tuple[Tensor, Tensor]:
-        """Losses and sizes of the steps so far, `[steps]`, on the CPU."""
+    def _counted(self) -> tuple[Tensor, Tensor]:
+        """Losses and sizes of the micro-batches so far, on the CPU."""
         self._count()
         if not self.losses:
             return torch.zeros(0), torch.zeros(0, dtype=torch.int64)
@@ -61,17 +65,17 @@ class Tally:
 
     def first_bad_step(self) -> int | None:
         """The first step, from 0, whose loss is not a finite number. Waits for the device."""
-        bad = (~self._steps()[0].isfinite()).nonzero()
-        return int(bad[0]) if len(bad) else None
+        bad = (~self._counted()[0].isfinite()).nonzero()
+        return int(bad[0]) // self.accumulate if len(bad) else None
 
     def read(self) -> tuple[float, float]:
         """Mean loss and accuracy (0 to 1) over the samples so far. Waits for the device."""
-        losses, sizes = self._steps()
+        losses, sizes = self._counted()
         return float((losses.double() * sizes).sum() / self.samples), int(self.correct) / self.samples
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint in the middle of an epoch keeps."""
-        losses, sizes = self._steps()
+        losses, sizes = self._counted()
         return {"losses": losses, "sizes": sizes, "correct": int(self.correct)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -163,12 +167,13 @@ def evaluate(
     return float(loss), confusion.view(num_classes, num_classes).cpu()
 
 
-def loss_name(criterion: nn.Module, target_transform: str | None = None) -> str | None:
+def loss_name(criterion: nn.Module, target_transform: str | None = None, mixed: bool = False) -> str | None:
     """What a training criterion measures, None where it is what `evaluate` measures: plain cross-entropy.
 
     Args:
         criterion: the loss.
         target_transform: the name of what is done to training labels before.
+        mixed: whether training samples are mixed.
     """
     changes = []
     is_plain = type(criterion) is nn.CrossEntropyLoss
@@ -180,6 +185,8 @@ def loss_name(criterion: nn.Module, target_transform: str | None = None) -> str 
         changes.append(f"reduction={criterion.reduction}")
     if target_transform is not None and not target_transform.endswith(".one_hot"):  # the same in another form
         changes.append(f"labels by {target_transform}")
+    if mixed:
+        changes.append("mixed samples")
     if is_plain and not changes:
         return None
     name = "cross-entropy" if is_plain else type(criterion).__name__

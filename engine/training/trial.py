@@ -17,10 +17,11 @@ from torch.nn.parameter import is_lazy
 
 from engine.data.batches import Batches
 from engine.data.images import ImageFiles
-from engine.errors import RequestError, RunError, cause, counted, out_of_memory
+from engine.errors import RequestError, RunError, cause, counted, one_line, out_of_memory
 from engine.run.saver import state_names
 from engine.run.state import RandomStates
 from engine.training.metrics import Tally
+from engine.training.step import autocast
 
 # What torch and models raise at images, labels or sizes that do not fit. Anything else is a bug in a model or a loss.
 MISFITS = (RuntimeError, ValueError, TypeError, IndexError, AssertionError, Warning)
@@ -39,6 +40,7 @@ def try_step(
     batches: Batches,
     input_shape: tuple[int, int, int],
     num_classes: int,
+    precision: str = "fp32",
 ) -> None:
     """Try an evaluation of one empty image, then training steps of the sizes that an epoch's batches have.
 
@@ -49,6 +51,7 @@ def try_step(
         batches: of training; no sample of them is read.
         input_shape: (channels, height, width) of an image.
         num_classes: logits that the model has to give.
+        precision: of the training steps, as `choose_precision` gives it.
 
     Raises:
         RequestError: naming what does not fit: model, loss, optimizer, the size of a batch, or memory.
@@ -56,30 +59,31 @@ def try_step(
     model.eval()
     with torch.no_grad():
         _forward(model, torch.zeros(1, *input_shape, device=batches.device), num_classes)
-    largest = min(batches.batch_size, batches.num_samples)
-    last = batches.num_samples % batches.batch_size or largest
+    size = batches.micro_batch_size
+    largest = min(size, batches.num_samples)
+    last = batches.num_samples % size or largest
     with _no_trace(model, criterion):
         with _told(f"optimizer {optimizer['_target_']} cannot make a step", largest):
             state_names(optimizer)
         make_labels = _label_maker(criterion, batches, num_classes)
         images = torch.zeros(largest, *input_shape, device=batches.device)
         model.train()
-        _step(model, criterion, images, make_labels, num_classes)
+        _step(model, criterion, images, make_labels, num_classes, precision)
         try:
             if last != largest:
-                _step(model, criterion, images[:last], make_labels, num_classes)
+                _step(model, criterion, images[:last], make_labels, num_classes, precision)
         except RequestError as error:
             raise RequestError(
-                f"batch_size={batches.batch_size}: the last batch of {batches.num_samples:,} samples holds {last}: "
+                f"batch_size={size}: the last batch of {batches.num_samples:,} samples holds {last}: "
                 f"{error}; take drop_last=true or another batch_size"
             ) from error
 
 
-def _forward(model: nn.Module, images: Tensor, num_classes: int) -> Tensor:
+def _forward(model: nn.Module, images: Tensor, num_classes: int, precision: str = "fp32") -> Tensor:
     """Logits `[batch, num_classes]` of empty images."""
     count, *shape = images.shape
     name, of_images = type(model).__name__, counted(count, "image")
-    with _told(f"model {name} {{}} {of_images} {shape}", count):
+    with _told(f"model {name} {{}} {of_images} {shape}", count), autocast(images.device, precision):
         logits = model(images)
     found = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
     if found != [count, num_classes]:
@@ -90,11 +94,16 @@ def _forward(model: nn.Module, images: Tensor, num_classes: int) -> Tensor:
 
 
 def _step(
-    model: nn.Module, criterion: nn.Module, images: Tensor, make_labels: Callable[[int], Tensor], num_classes: int
+    model: nn.Module,
+    criterion: nn.Module,
+    images: Tensor,
+    make_labels: Callable[[int], Tensor],
+    num_classes: int,
+    precision: str,
 ) -> None:
     """Forward, loss, backward and the counting of a batch of empty images."""
     count, device = len(images), images.device
-    logits = _forward(model, images, num_classes)
+    logits = _forward(model, images, num_classes, precision).float()
     labels = make_labels(count)
     loss = _loss(criterion, logits, labels)
     with _told(f"the backward pass of {type(model).__name__} and {type(criterion).__name__} fails", count):
@@ -185,5 +194,7 @@ def _told(what: str, batch_size: int) -> Iterator[None]:
     except Exception as error:
         if said := out_of_memory(error, batch_size):
             raise RequestError(f"{what.format('fails on')}: {said}") from error
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise RequestError(f"compile=true: the model cannot be compiled here: {one_line(error, 200)}") from error
         verb = "does not take" if isinstance(error, MISFITS) else "fails on"
         raise RequestError(f"{what.format(verb)}: {cause(error)}") from error

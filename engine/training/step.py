@@ -1,0 +1,182 @@
+"""A step of training: what its batch is cut into, in which precision it is computed, and what follows its gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from engine.errors import RequestError
+from engine.terminal import log
+
+
+class Step:
+    """What belongs to a step: optimizer, precision and its gradient scaler, schedule, averaged weights.
+
+    Args:
+        model: on the device.
+        optimizer: of its parameters.
+        schedule: sets the optimizer's learning rate, has `step()`.
+        device: of both.
+        batch_size: samples that go through the model at once; a step collects several of these micro-batches.
+        precision: "fp32", "bf16" or "fp16", as `choose_precision` gives it.
+        clip_grad_norm: the gradient is scaled down to this norm where it is larger; None leaves it.
+        ema_decay: share of the averaged weights that a step keeps; None averages nothing.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        schedule: Any,
+        device: torch.device,
+        *,
+        batch_size: int,
+        precision: str = "fp32",
+        clip_grad_norm: float | None = None,
+        ema_decay: float | None = None,
+    ) -> None:
+        self.model, self.optimizer, self.schedule, self.device = model, optimizer, schedule, device
+        self.batch_size, self.precision, self.clip = batch_size, precision, clip_grad_norm
+        self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+        self.skipped = 0  # steps of the epoch whose gradients were no finite numbers, which only fp16 passes over
+        # Averages of the weights (Polyak and Juditsky, 1992), batch norm's statistics as they are.
+        average = None if ema_decay is None else AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema_decay))
+        self.average = average
+        #: What is evaluated and kept in checkpoints: the averaged weights, or the model itself.
+        self.evaluated: nn.Module = average.module if average else model
+
+    def compile(self) -> None:
+        """Compile the forward pass of training and of evaluation in place, so that parameters keep their names.
+
+        A batch of another size, such as the last of an epoch, goes the way it would without: to compile for it takes
+        longer than it does.
+        """
+        for module in {self.model, self.evaluated}:
+            plain = module.forward
+            fast = torch.compile(plain, dynamic=False)
+            module.forward = partial(_by_size, fast, plain, self.batch_size)
+
+    def micro_batches(
+        self, images: Tensor, labels: Tensor, criterion: nn.Module
+    ) -> Iterator[tuple[Tensor, Tensor, Any]]:
+        """The batch of a step in parts that go through the model at once, each with its share of the step's loss.
+
+        The shares make the sum of the parts' losses the loss of the whole, whatever their sizes; of one part it is 1.
+        """
+        if len(labels) <= self.batch_size:
+            yield images, labels, 1.0
+            return
+        whole = weight_of(criterion, labels)
+        for x, y in zip(images.split(self.batch_size), labels.split(self.batch_size), strict=True):
+            yield x, y, weight_of(criterion, y) / whole if mean_of(criterion) else 1.0
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits of images in the chosen precision, as float32 for the loss."""
+        if self.precision == "fp32":
+            return self.model(images)
+        with autocast(self.device, self.precision):
+            return self.model(images).float()
+
+    def backward(self, loss: Tensor, share: Any = 1.0) -> None:
+        """Add the gradients of a part's loss, times its share of the step."""
+        if share != 1.0:
+            loss = loss * share
+        self.scaler.scale(loss).backward()
+
+    def update(self) -> None:
+        """What follows the gradients: unscale, clip, step, zero; then the schedule's next rate, and the averages.
+
+        Where fp16 overflowed nothing but the scale changes.
+        """
+        if self.clip:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
+        scale = self.scaler.get_scale()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        if self.scaler.get_scale() < scale:
+            self.skipped += 1
+            return
+        self.schedule.step()
+        if self.average:
+            self.average.update_parameters(self.model)
+
+    def tell_skipped(self) -> None:
+        """Say how many steps of the epoch were passed over, and count anew."""
+        if self.skipped:
+            log.info(
+                f"fp16     {self.skipped} steps skipped: their gradients were no finite numbers; the scale is lower now"
+            )
+        self.skipped = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the optimizer, the schedule and the evaluated weights, which are parts of their own, leave out."""
+        state: dict[str, Any] = {"skipped": self.skipped, "scaler": self.scaler.state_dict()}
+        if self.average:
+            state |= {"weights": self.model.state_dict(), "averaged": int(self.average.n_averaged)}
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state_dict()`, after the evaluated weights were loaded; of a run without averages they begin."""
+        self.skipped = state.get("skipped", 0)
+        if state.get("scaler"):
+            self.scaler.load_state_dict(state["scaler"])
+        if "weights" in state or self.average:
+            self.model.load_state_dict(state.get("weights") or self.evaluated.state_dict())
+        if self.average:
+            self.average.n_averaged.fill_(state.get("averaged", 0))
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[None]:
+    """What is computed inside is computed in this precision, where PyTorch thinks that safe."""
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    return torch.autocast(device.type, half) if half else nullcontext()
+
+
+def mean_of(criterion: nn.Module) -> bool:
+    """Whether a loss is a mean over samples, as most are, and not their sum."""
+    return getattr(criterion, "reduction", "mean") == "mean"
+
+
+def weight_of(criterion: nn.Module, labels: Tensor) -> Any:
+    """What samples weigh in the mean that a loss is: their number, or their classes' weights in all."""
+    weight = getattr(criterion, "weight", None)
+    return len(labels) if weight is None or labels.ndim == 2 else weight[labels].sum()
+
+
+def choose_precision(name: str, device: torch.device) -> str:
+    """fp32, bf16 or fp16 of what was asked for; auto takes bf16 where the hardware computes in it.
+
+    Raises:
+        RequestError: fp16 on a CPU.
+    """
+    if name == "fp16" and device.type == "cpu":
+        raise RequestError("precision=fp16: not on a CPU, where it is slower than fp32; precision=bf16, or auto")
+    has = has_bf16(device)
+    if name == "auto":
+        return "bf16" if has else "fp32"
+    if name == "bf16" and not has:
+        log.info(f"bf16     {device} has no arithmetic of its own for it: it may be slower than fp32")
+    return name
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether a device computes in bfloat16: GPUs from compute capability 8 on, CPUs with AMX or AVX512-BF16."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type != "cpu":
+        return False
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}  # from torch 2.11 on
+    return any(value for name, value in capabilities.items() if str(name).endswith("bf16"))
+
+
+def _by_size(fast: Callable[[Tensor], Tensor], plain: Callable[[Tensor], Tensor], size: int, images: Tensor) -> Tensor:
+    return fast(images) if len(images) == size else plain(images)
