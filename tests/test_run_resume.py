@@ -22,7 +22,7 @@ from processes import run, start
 from engine.command.resume import choices_of_run
 from engine.config import CONFIGS
 from engine.run.saver import Saver
-from engine.run.state import Progress, RandomStates
+from engine.run.state import Progress
 
 RECIPES = {
     "mlp, momentum, dropout": ["model.dropout=0.3", "epochs=4"],
@@ -425,26 +425,6 @@ def test_another_optimizer_does_not_take_over_what_it_cannot_use(call: Call, tmp
     assert answer.code == 0, answer.err
     assert "Adam begins without averages" in answer.out
     assert float(list(csv.DictReader((tmp_path / "checkpoints/run/metrics.csv").open()))[1]["lr"]) < 0.001
-
-
-def test_random_states_of_devices_that_came_or_went_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    said: list[str] = []
-    restored: list[int] = []
-    monkeypatch.setattr("engine.run.saver.log.info", said.append)
-    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, number: restored.append(number))
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    states = RandomStates()
-    state = {key: value for key, value in states.state_dict().items() if key != "cuda"}
-    for saved, here in ((2, 2), (3, 1), (0, 2), (0, 0)):
-        monkeypatch.setattr(torch.cuda, "device_count", lambda here=here: here)
-        states.load_state_dict({**state, **({"cuda": [None] * saved} if saved else {})})
-    states.load_state_dict({**state, "mps": None})
-    assert restored == [0, 1, 0]
-    assert said == [
-        "warning  random states not restored: those of cuda:1, cuda:2, not in this machine; dropout may differ",
-        "warning  random states not restored: those of cuda:0, cuda:1, not saved; dropout may differ",
-        "warning  random states not restored: those of mps, not in this machine; dropout may differ",
-    ]
 
 
 def test_the_best_epoch_and_the_count_since_it_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -111,7 +111,7 @@ def test_equal_epochs_are_no_better_and_without_validation_nothing_stops() -> No
     assert stops_after([(0.5, 1.0)] * 9, 3, resumed=False) == 4
     assert stops_after([(0.5, 1.0), (0.5, 0.9), (0.5, 0.8), (0.5, 0.8)], 1, resumed=False) == 4
     assert stops_after([(None, None)] * 9, 1, resumed=False) == 9
-    assert train.stop_early(Progress(), 1) is False
+    assert train.stop_early(Progress(), 1) is False and Progress().epochs_since_best() == 0
 
 
 def test_a_resumed_run_remembers_the_best() -> None:
@@ -166,3 +166,40 @@ def test_all_generators_go_on_where_they_were_saved(tmp_path: Any) -> None:
     assert draw() != expected
     RandomStates().load_state_dict(torch.load(tmp_path / "states.pt", weights_only=True))
     assert draw() == expected
+
+
+def test_random_states_of_devices_that_came_or_went_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    restored: list[int] = []
+    monkeypatch.setattr("engine.run.state.log.info", said.append)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, number: restored.append(number))
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    states = RandomStates()
+    state = {key: value for key, value in states.state_dict().items() if key != "cuda"}
+    for saved, here in ((2, 2), (3, 1), (0, 2), (0, 0)):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda here=here: here)
+        states.load_state_dict({**state, **({"cuda": [None] * saved} if saved else {})})
+    states.load_state_dict({**state, "mps": None})
+    assert restored == [0, 1, 0]
+    assert said == [
+        "warning  random states not restored: those of cuda:1, cuda:2, not in this machine; dropout may differ",
+        "warning  random states not restored: those of cuda:0, cuda:1, not saved; dropout may differ",
+        "warning  random states not restored: those of mps, not in this machine; dropout may differ",
+    ]
+
+
+def test_the_generators_of_devices_that_are_here_are_saved_and_restored(monkeypatch: pytest.MonkeyPatch) -> None:
+    restored: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, number: restored.append((number, state)))
+    monkeypatch.setattr(torch.mps, "set_rng_state", lambda state: restored.append(("mps", state)))
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: ["first", "second"])
+    monkeypatch.setattr(torch.mps, "get_rng_state", lambda: "own")
+    for cards, mps in ((2, False), (0, True), (0, False)):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda cards=cards: cards > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda cards=cards: cards)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda mps=mps: mps)
+        state = RandomStates().state_dict()
+        assert (state.get("cuda"), state.get("mps")) == (["first", "second"] if cards else None, "own" if mps else None)
+        RandomStates().load_state_dict(state)
+        RandomStates().load_state_dict({key: state[key] for key in ("torch", "numpy", "python")})
+    assert restored == [(0, "first"), (1, "second"), ("mps", "own")]

@@ -47,7 +47,7 @@ def choices_of_run(arguments: list[str], directories: Sequence[Path]) -> list[st
 
 
 def _value(arguments: Iterable[str], name: str) -> str | None:
-    return next((a.split("=", 1)[1] for a in arguments if a.startswith(f"{name}=")), None)
+    return next((a.partition("=")[2] for a in arguments if a.startswith(f"{name}=")), None)
 
 
 def adopt(config: dict[str, Any], overrides: Iterable[str], directories: Sequence[Path]) -> dict[str, Any]:
@@ -68,7 +68,7 @@ def adopt(config: dict[str, Any], overrides: Iterable[str], directories: Sequenc
     own, ours = trust.read_run_config(directory)
     choices, own_choices = config["choices"], own["choices"]
     groups = [group for group, choice in choices.items() if own_choices.get(group) != choice]
-    typed = [override.split("=", 1)[0].lstrip("+~") for override in overrides]
+    typed = [override.partition("=")[0].lstrip("+~") for override in overrides]
     for name in typed:
         if name in groups and name not in config:
             raise RequestError(f"{name}=: cannot be changed when resuming; set its values one by one")
@@ -84,8 +84,8 @@ def adopt(config: dict[str, Any], overrides: Iterable[str], directories: Sequenc
     before, after = dict(leaves(own, known)), dict(leaves(result, known))
     for name, value in after.items():
         if value == "???":
-            if asked := [text for text in left if text.startswith(f"{name}=")]:
-                raise RequestError(f"{directory}: say {asked[0]}: {ELSEWHERE}")
+            if asked := next((text for text in left if text.startswith(f"{name}=")), None):
+                raise RequestError(f"{directory}: say {asked}: {ELSEWHERE}")
             check_value(name, value, known)
 
     groups = [group for group in groups if group not in FREE]
