@@ -48,7 +48,7 @@ TESTS: dict[str, Sequence[str]] = {
     "engine/data/workers.py": ["data_batches", "reference"],
     "engine/data/augment.py": ["data_augment_reference", "data_augment_edges", "data_augment"],
     "engine/data/draws.py": ["data_draws", "data_augment_reference", "data_augment"],
-    "engine/data/transforms.py": ["data_transforms", "data_augment", "data_augment_reference"],
+    "engine/data/transforms.py": ["data_transforms", "data_augment_edges", "data_augment_reference"],
     "engine/run/checkpoint.py": ["run_trust", "evaluate", "reference", "run_checkpoint"],
     "engine/run/trust.py": ["run_trust", "run_checkpoint"],
     "engine/run/archive.py": ["run_trust", "run_checkpoint"],
