@@ -70,6 +70,7 @@ def test_ours_come_before_torchvisions_which_stands_in_for_what_only_it_has() ->
         (["RandomHorizontalFlop"], "there is no transform 'RandomHorizontalFlop' (did you mean RandomHorizontalFlip"),
         (["gaussian_blur"], "there is no transform 'gaussian_blur' (did you mean GaussianBlur"),
         (["Transform"], "there is no transform 'Transform'"),
+        (["no_such"], "there is no transform 'no_such'"),
         (["functional"], "there is no transform 'functional'"),
         (["InterpolationMode"], "there is no transform 'InterpolationMode'"),
         (["Lambda"], "Lambda refuses its arguments: it takes a function"),
@@ -170,7 +171,17 @@ def test_values_are_numbers_texts_none_and_lists_of_them() -> None:
 
 @pytest.mark.parametrize(
     ("argument", "most"),
-    [("num_ops", 32), ("mixture_width", 32), ("chain_depth", 32), ("padding", 4096), ("anything", 16_384)],
+    [
+        ("num_ops", 32),
+        ("mixture_width", 32),
+        ("chain_depth", 32),
+        ("padding", 4096),
+        ("kernel_size", 64),
+        ("sigma", 16),
+        ("side_range", 8),
+        ("scale_range", 2),
+        ("degrees", 16_384),
+    ],
 )
 def test_a_number_is_bounded_on_both_sides(argument: str, most: int) -> None:
     for value in (most, -most, float(most), [most, -most], [[most]]):
@@ -179,7 +190,8 @@ def test_a_number_is_bounded_on_both_sides(argument: str, most: int) -> None:
         for value in (number, [0, number], [[number]]):
             assert is_refused([{"N": {argument: value}}], f"{argument}={number}: at most {most:,}")
     for number in (10**400, float("inf"), float("nan"), -(10**99)):
-        assert is_refused([{"N": {argument: number}}], f"{argument}=more: at most {most:,}")
+        for value in (number, [0, number]):
+            assert is_refused([{"N": {argument: value}}], f"{argument}=more: at most {most:,}")
     assert is_refused([{"N": {argument: 10**98}}], f"{argument}=10000000000000000000: at most")
 
 
