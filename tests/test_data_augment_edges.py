@@ -314,7 +314,7 @@ def test_bytes_are_scaled_as_floats_where_the_device_cannot(interpolation: str) 
     image = torch.tensor([0, 0, 0, 255, 255, 255], dtype=torch.uint8).view(1, 1, 1, 6).expand(1, 1, 6, 6).contiguous()
     resize = Resize([11, 13], interpolation)
     scaled = resize(image.as_subclass(Elsewhere)).as_subclass(Tensor)
-    assert scaled.dtype == torch.uint8
+    assert scaled.dtype == torch.uint8 and (int(scaled.min()), int(scaled.max())) == (0, 255)
     assert (scaled.int() - resize(image).int()).abs().max() <= 1
     floats = resize((image / 255).as_subclass(Elsewhere)).as_subclass(Tensor)
     assert torch.equal(floats, resize(image / 255))
