@@ -20,8 +20,7 @@ from engine.data.augment import (
     to_float,
 )
 from engine.data.draws import Draws, own_randomness, seed_everything
-from engine.data.transforms import BATCH_TRANSFORMS, check_arguments, parse_transforms, per_image, resized_to
-from engine.errors import RequestError
+from engine.data.transforms import BATCH_TRANSFORMS, per_image
 
 RANDOM = {
     "RandomHorizontalFlip": {},
@@ -258,30 +257,6 @@ def test_nothing_is_copied_to_the_device_in_every_batch(name, arguments, monkeyp
 def test_arguments_that_make_no_sense_are_refused(name, arguments):
     with pytest.raises((ValueError, KeyError)):
         BATCH_TRANSFORMS[name](**arguments)
-
-
-def test_the_size_that_files_are_read_for_is_height_and_width():
-    assert resized_to([Resize([10, 40]), RandomHorizontalFlip()]) == (10, 40)
-    assert resized_to([Resize(12)]) == (12, 12)
-    assert resized_to([RandomHorizontalFlip(), Resize(12)]) is None and resized_to([]) is None
-
-
-@pytest.mark.parametrize(
-    ("argument", "most"),
-    [("padding", 4096), ("kernel_size", 64), ("sigma", 16), ("side_range", 8), ("scale_range", 2), ("degrees", 16384)],
-)
-def test_numbers_are_bounded_where_they_set_the_work(argument, most):
-    for number in (most, -most):
-        check_arguments([{"Transform": {argument: number}}])
-    for number in (most + 1, -most - 1, float("nan")):
-        with pytest.raises(ValueError, match=argument):
-            check_arguments([{"Transform": {argument: [0, number]}}])
-
-
-@pytest.mark.parametrize("name", ["Transform", "Lambda", "InterpolationMode", "functional", "no_such"])
-def test_what_is_no_transform_of_torchvision_is_not_built(name):
-    with pytest.raises(RequestError, match=name):
-        parse_transforms([name], "dataset.train_transforms")
 
 
 @pytest.mark.parametrize("ratio", [(0, 1), (-0.5, 1), (2, 1)])

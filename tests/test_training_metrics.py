@@ -127,6 +127,13 @@ def test_the_step_with_the_bad_loss_is_named_across_a_resumption() -> None:
     assert counted([(math.nan, [0], [0])], after).first_bad_step() == 2
 
 
+def test_a_run_resumed_before_its_first_step_has_counted_none() -> None:
+    after = Tally(CPU)
+    after.load_state_dict(Tally(CPU).state_dict())
+    assert after.samples == 0 and after.first_bad_step() is None
+    assert counted([(math.nan, [0], [0])], after).first_bad_step() == 0
+
+
 def test_an_epoch_begins_with_nothing() -> None:
     tally = counted([(math.nan, [0, 1], [2, 2])])
     tally.reset()
@@ -250,6 +257,14 @@ def test_evaluation_is_a_plain_forward_pass_in_evaluation_mode(training: bool) -
     for row, label in zip(log_probabilities.tolist(), labels.tolist(), strict=True):
         counts[label][row.index(max(row))] += 1
     assert confusion.tolist() == counts
+
+
+def test_an_evaluation_hands_out_the_loss_of_every_batch() -> None:
+    """Of the rows above in batches of 2, 2 and 1: (ln 4/3 + ln 4) / 2, ln 4/3, ln 4."""
+    losses: list[Tensor] = []
+    loss, _ = evaluate(nn.Flatten(), in_batches(ROWS, 2, 2), 2, batch_losses=losses)
+    expected = [(math.log(4 / 3) + math.log(4)) / 2, math.log(4 / 3), math.log(4)]
+    assert [float(one) for one in losses] == pytest.approx(expected, rel=1e-6) and loss == pytest.approx(LOSS, rel=1e-6)
 
 
 def test_evaluation_leaves_no_graph_and_draws_nothing() -> None:
@@ -377,7 +392,15 @@ def test_mistakes_of_probability_labels_and_of_an_evaluation() -> None:
             None,
             "cross-entropy with class weights and label_smoothing=0.2",
         ),
+        (nn.CrossEntropyLoss(label_smoothing=1e-7), None, "cross-entropy with label_smoothing=1e-07"),
+        (
+            nn.CrossEntropyLoss(label_smoothing=0.1, reduction="sum"),
+            "mine.blurred",
+            "cross-entropy with label_smoothing=0.1 and reduction=sum and labels by mine.blurred",
+        ),
+        (nn.CrossEntropyLoss(), "mine.one_hot_blurred", "cross-entropy with labels by mine.one_hot_blurred"),
         (nn.MSELoss(), "torch.nn.functional.one_hot", "MSELoss"),
+        (nn.MSELoss(reduction="sum"), "mine.blurred", "MSELoss with labels by mine.blurred"),
         (nn.NLLLoss(), None, "NLLLoss"),
     ],
 )

@@ -140,7 +140,9 @@ class RandomCrop(Transform):
         if min(self.height, self.width) < 1:
             raise ValueError(f"size={size}: expected height and width in pixels")
         sides = [padding or 0] if isinstance(padding, int) or padding is None else list(padding)
-        self.left, self.top, self.right, self.bottom = {1: sides * 4, 2: sides * 2, 4: sides}[len(sides)]
+        if len(sides) not in (1, 2, 4):
+            raise ValueError(f"padding={padding}: expected one number, two or four")
+        self.left, self.top, self.right, self.bottom = sides * (4 // len(sides))
         self.is_padded = any(sides)
         self.fill = _one_or_each(fill)
         self.padding_mode = _choice("padding_mode", padding_mode, "constant", "edge", "reflect", "symmetric")
