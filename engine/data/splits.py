@@ -297,9 +297,10 @@ def _count(part: Any) -> int | None:
 def _labels(part: Any) -> Tensor | None:
     """All labels, int64 `[n]`, where they can be had without reading the samples."""
     labels = part[1] if isinstance(part, tuple) else getattr(part, "targets", None)
-    if labels is None or isinstance(part, IterableDataset):
+    try:
+        known = torch.as_tensor(labels)
+    except (TypeError, ValueError, RuntimeError):  # None, or names
         return None
-    known = torch.as_tensor(labels)
     return known.long() if known.ndim == 1 and not known.is_floating_point() and len(known) == _count(part) else None
 
 
@@ -343,7 +344,7 @@ def spread(labels: Tensor | None, count: int, limit: int | None) -> Tensor:
     members = _by_class(labels, count, seed=2)
     turns = []
     for member in members:
-        turn = (torch.arange(len(member)) + 0.5) / max(1, len(member))  # F. Webster's way to share out seats
+        turn = (torch.arange(len(member)) + 0.5) / len(member)  # F. Webster's way to share out seats
         turn[:1] = -len(member)  # before all of these, the first of the largest class first
         turns.append(turn)
     chosen = torch.cat(turns).argsort(stable=True)[:limit]

@@ -6,7 +6,6 @@ import math
 import mmap
 import multiprocessing
 import os
-import pickle
 import signal
 import traceback
 import warnings
@@ -14,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from multiprocessing.reduction import DupFd
 from multiprocessing.util import Finalize
+from pickle import PicklingError
 from typing import Any
 
 import numpy as np
@@ -227,7 +227,7 @@ class Workers:
                 Finalize(self, _dismiss, args=(self.loader,), exitpriority=100)
             try:
                 return iter(self.loader)
-            except (pickle.PicklingError, AttributeError, TypeError) as error:
+            except (PicklingError, AttributeError, TypeError) as error:
                 raise RunError(
                     f"{type(self.reader.part).__name__} cannot be sent to worker processes ({one_line(error, 160)}); "
                     "let it open files on first use, or set num_workers=0"
