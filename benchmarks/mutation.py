@@ -42,7 +42,7 @@ TESTS: dict[str, Sequence[str]] = {
     "engine/run/saver.py": ["training_progress", "reference", "run_checkpoint", "run_resume", "training_trial"],
     "engine/run/state.py": ["training_progress", "reference", "run_checkpoint", "run_resume", "training_trial"],
     "engine/data/splits.py": ["data_splits"],
-    "engine/data/batches.py": ["data_splits", "properties", "data_augment_reference", "reference", "data_batches"],
+    "engine/data/batches.py": ["data_order"],
     "engine/data/devices.py": ["data_batches"],
     "engine/data/reader.py": ["data_reader"],
     "engine/data/workers.py": ["data_batches", "reference"],
