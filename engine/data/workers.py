@@ -45,7 +45,7 @@ class _Slots:
     def mapped(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
         """The memory as one tensor, of the same shape and type each time; None where there is not so much."""
         if self.memory is None:
-            size = max(1, math.prod(shape) * dtype.itemsize)
+            size = math.prod(shape) * dtype.itemsize
             with suppress(OSError, ValueError, OverflowError):
                 os.ftruncate(self.file.fileno(), size)
                 memory = torch.frombuffer(mmap.mmap(self.file.fileno(), size), dtype=dtype)
