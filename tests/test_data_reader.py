@@ -38,7 +38,8 @@ class Samples(Dataset):
 
 
 def reader_of(part: Any, *transforms: Any, classes: int = 3, skip: bool = False, training: bool = False) -> Reader:
-    return Reader(part, parse_transforms(transforms, "listed"), 5, classes, skip, training)
+    usual = {} if not training else {"training": True}
+    return Reader(part, parse_transforms(transforms, "listed"), 5, classes, skip, **usual)
 
 
 def read(part: Any, indices: Sequence[int], *transforms: Any, **given: Any) -> tuple[Tensor, Tensor, list[str]]:

@@ -426,11 +426,19 @@ def test_samples_in_memory_of_another_type_or_shape_are_refused(images: Tensor, 
     )
 
 
+class NoLength(Dataset):
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return images_of(1)[0], 0
+
+
 def test_parts_that_are_none_and_empty_ones_are_refused() -> None:
     LABELS[:] = [0, 1]
+    kinds = "(images, labels) or a torch.utils.data.Dataset, with __len__ unless it is an IterableDataset"
     for part, says in (
-        (5, "dataset: test is int; expected (images, labels) or a torch.utils.data.Dataset"),
-        (None, "dataset: test is NoneType; expected (images, labels) or a torch.utils.data.Dataset"),
+        (5, f"dataset: test is int; expected {kinds}"),
+        (None, f"dataset: test is NoneType; expected {kinds}"),
+        ({1, 2}, f"dataset: test is set; expected {kinds}"),
+        (NoLength(), f"dataset: test is NoLength; expected {kinds}"),
         ((images_of(2)[:0], torch.tensor([], dtype=torch.int64)), "dataset: the test split is empty (0 samples)"),
     ):
         with pytest.raises(RequestError, match=re.escape(says)):
@@ -451,9 +459,10 @@ def test_a_dataset_that_does_not_tell_its_labels_has_two_classes_or_more(classes
         divide(data)
 
 
-def test_the_one_class_that_there_is_is_named() -> None:
+@pytest.mark.parametrize("labels", [[2, 2], [2]])
+def test_the_one_class_that_there_is_is_named(labels: list[int]) -> None:
     with pytest.raises(RequestError, match=r"^dataset: training samples of one class only, 'c'; a classifier needs"):
-        divide(of_classes(["a", "b", "c"], [2, 2]))
+        divide(of_classes(["a", "b", "c"], labels))
 
 
 def test_steps_are_for_data_that_has_no_length_and_only_for_it() -> None:

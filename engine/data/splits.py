@@ -271,9 +271,11 @@ def _check_part(part: Any, name: str, classes: list[str]) -> None:
                 f"dataset: {name} images and labels are {found}; "
                 "expected torch.uint8 [n, channels, height, width] and torch.int64 [n]"
             )
-    elif not hasattr(part, "__getitem__") and not isinstance(part, IterableDataset):
-        found = type(part).__name__
-        raise RequestError(f"dataset: {name} is {found}; expected (images, labels) or a torch.utils.data.Dataset")
+    elif not isinstance(part, IterableDataset) and not (hasattr(part, "__getitem__") and hasattr(part, "__len__")):
+        raise RequestError(
+            f"dataset: {name} is {type(part).__name__}; "
+            "expected (images, labels) or a torch.utils.data.Dataset, with __len__ unless it is an IterableDataset"
+        )
     if _count(part) == 0:
         raise RequestError(f"dataset: the {name} split is empty (0 samples); add images")
     known = _labels(part)
