@@ -16,6 +16,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from engine.data.augment import BATCH_TRANSFORMS, Resize
 from engine.data.batches import Batches, _count_image_transforms
+from engine.data.draws import Draws
 from engine.data.images import ImageFiles
 from engine.data.splits import Split
 from engine.data.transforms import PerImage
@@ -206,6 +207,34 @@ def test_small_batches_are_made_together_where_each_begins_as_it_would_alone(
     found = list(batches.epoch(1))
     assert seen == together and all(images.data_ptr() % 64 == 0 for images, _ in found)
     assert [labels.tolist() for _, labels in found] == in_batches(order_of(0, 1, 40), batch_size)
+
+
+def test_two_mebibytes_of_floats_are_made_at_once(seen: list[int]) -> None:
+    images = torch.zeros(100, 1, 128, 128, dtype=torch.uint8)  # 65,536 bytes each, as floats
+    split = Split((images, torch.arange(100)), torch.arange(100), num_classes=100)
+    batches = training(split, "Noting", batch_size=1)
+    seen.clear()
+    assert len(list(batches.epoch(1))) == 100 and seen == [32, 32, 32, 4]
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "drawn"), [(1, [8] * 5), (3, [6] * 6 + [4]), (4, [8] * 5), (7, [7] * 5 + [5]), (12, [12] * 3 + [4])]
+)
+def test_draws_are_made_for_so_many_samples_or_one_batch(
+    monkeypatch: pytest.MonkeyPatch, batch_size: int, drawn: list[int]
+) -> None:
+    counts: list[int] = []
+
+    class Counted(Draws):
+        def __init__(self, seed: int, epoch: int, index: Tensor) -> None:
+            counts.append(len(index))
+            super().__init__(seed, epoch, index)
+
+    monkeypatch.setattr("engine.data.batches.AHEAD", 8)
+    batches = training(split_of(40, (1, 1, 3)), FLIP, batch_size=batch_size)
+    batches.sample_shape()
+    monkeypatch.setattr("engine.data.batches.Draws", Counted)
+    assert len(list(batches.epoch(1))) == len(batches) and counts == drawn
 
 
 def flipped(images: Tensor) -> list[bool]:
