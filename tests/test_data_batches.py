@@ -29,7 +29,6 @@ import engine.data.transforms
 from engine.data.augment import Resize
 from engine.data.batches import Batches
 from engine.data.cache import _locked, cached_images
-from engine.data.devices import on_device, one_ahead
 from engine.data.draws import Draws
 from engine.data.reader import Reader
 from engine.data.splits import divide, load_splits
@@ -194,33 +193,6 @@ def odd_sizes():
 def test_every_batch_begins_at_a_multiple_of_64_bytes(function):  # else a resumed run could round in another way
     for images, _ in batches_of(settings(function), batch_size=3).epoch(1):
         assert images.data_ptr() % 64 == 0
-
-
-def test_batches_for_cuda_are_asked_for_one_ahead():
-    asked = []
-
-    def source():
-        for number in range(4):
-            asked.append(number)
-            yield number
-
-    for number in one_ahead(source()):
-        assert asked == list(range(min(number + 2, 4)))
-    assert number == 3 and list(one_ahead(iter(()))) == []
-
-
-def test_only_cuda_is_sent_batches_without_waiting(monkeypatch):  # on MPS they would arrive damaged
-    waits = []
-    copy = torch.Tensor.to
-
-    def to(tensor, *arguments, **given):
-        waits.append(not given.get("non_blocking") and len(arguments) < 3)
-        return copy(tensor, *arguments, **given)
-
-    monkeypatch.setattr(torch.Tensor, "to", to)
-    pairs = [(torch.zeros(2, 1, 3, 3), torch.zeros(2, dtype=torch.int64))] * 3
-    assert [images.device.type for images, _ in on_device(pairs, torch.device("meta"))] == ["meta"] * 3
-    assert len(waits) == 6 and all(waits)
 
 
 def test_samples_of_one_part_are_placed_on_the_device_once():

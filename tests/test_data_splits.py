@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import re
+import zlib
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 
 import datasets
-from engine.data.splits import divide, fingerprint, load_splits
+from engine.data.images import ImageFiles
+from engine.data.splits import divide, fingerprint, hold_out, load_splits, spread
 from engine.errors import RequestError
 
 LABELS: list[int] = []  # of `labelled`, set by a test
@@ -142,6 +148,68 @@ def test_a_split_that_is_asked_for_alone_is_the_same(monkeypatch: pytest.MonkeyP
         assert only[0] == name and only[1].indices is not None and only[1].indices.tolist() == whole[name]
 
 
+def shares(chosen: Tensor, labels: Tensor) -> list[int]:
+    return labels[chosen].bincount(minlength=int(labels.max()) + 1).tolist()
+
+
+def test_a_share_is_held_out_of_small_classes_too() -> None:
+    labels = torch.arange(10).repeat_interleave(4)
+    held_out = hold_out(labels, 40, 0.1)  # 0.4 of every class
+    assert int(held_out.sum()) == 4 and max(shares(held_out, labels)) == 1
+    labels = torch.tensor([0] * 100 + [1] * 4 + [2] * 3 + [3])
+    assert shares(hold_out(labels, 108, 0.1), labels) == [10, 1, 0, 0]
+    assert shares(hold_out(labels, 108, 0.9), labels) == [90, 3, 2, 0], "no class gives its last sample away"
+    assert int(hold_out(torch.arange(5), 5, 0.5).sum()) == 0 == int(hold_out(labels, 108, 0.0).sum())
+    assert int(hold_out(None, 3, 0.01).sum()) == 1 and int(hold_out(None, 1, 0.5).sum()) == 0
+
+
+def test_what_is_held_out_of_the_digits_is_what_it_was() -> None:
+    labels = datasets.digits().train[1]  # type: ignore[index]
+    shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0)).tolist()
+    expected = set()
+    for label in range(10):
+        members = [place for place in shuffled if labels[place] == label]
+        expected |= set(members[: round(0.1 * len(members))])
+    assert set(hold_out(labels, len(labels), 0.1).nonzero().flatten().tolist()) == expected
+
+
+def test_a_limit_takes_of_every_class_its_share_in_the_order_there_was() -> None:
+    labels = torch.tensor([0] * 60 + [1] * 30 + [2] * 9 + [3])
+    assert shares(spread(labels, 100, 10), labels) == [5, 3, 1, 1]
+    assert shares(spread(labels, 100, 4), labels) == [1, 1, 1, 1]
+    assert shares(spread(labels, 100, 3), labels) == [1, 1, 1, 0]
+    assert shares(spread(labels, 100, 50), labels) == [30, 15, 4, 1]
+    chosen = spread(labels, 100, 50)
+    assert torch.equal(chosen, chosen.sort().values) and set(spread(labels, 100, 20).tolist()) <= set(chosen.tolist())
+    assert spread(labels, 100, 100).tolist() == spread(labels, 100, None).tolist() == list(range(100))
+    without = spread(None, 1000, 10)
+    assert len(set(without.tolist())) == 10 and without.max() > 500 and torch.equal(without, spread(None, 1000, 10))
+
+
+def of_classes(classes: list[Any], labels: list[int]) -> datasets.ImageData:
+    images = torch.zeros(len(labels), 1, 4, 4, dtype=torch.uint8)
+    return datasets.ImageData((images, torch.tensor(labels)), (images, torch.tensor(labels)), classes)
+
+
+@pytest.mark.parametrize(
+    ("classes", "labels", "says"),
+    [
+        (["a", "b", "a"], [0, 1, 2], r"the class name 'a' occurs more than once"),
+        ([1, "1"], [0, 1], r"the class name '1' occurs more than once"),
+        (["a"], [0, 0], r"training samples of one class only, 'a'"),
+        (["a", "b"], [1, 1], r"training samples of one class only, 'b'"),
+        ([], [0, 0], r"label 0; expected 0 to -1"),
+    ],
+)
+def test_classes_are_at_least_two_and_each_name_is_one(
+    monkeypatch: pytest.MonkeyPatch, classes: list[Any], labels: list[int], says: str
+) -> None:
+    monkeypatch.setattr(datasets, "made", lambda: of_classes(classes, labels), raising=False)
+    given: dict[str, Any] = {"limit": None, "val_fraction": 0.0, "train_transforms": [], "eval_transforms": []}
+    with pytest.raises(RequestError, match=says):
+        load_splits({**given, "_target_": "datasets.made"})
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The digits: 1,797 of them, of each class
 DIGITS = [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
@@ -248,3 +316,344 @@ def test_divide_takes_the_values_by_name() -> None:
     assert {name: len(split) for name, split in splits.items()} == {"train": 10, "val": 4, "test": 10}
     splits, _ = divide(labelled())
     assert {name: len(split) for name, split in splits.items()} == {"train": 20, "test": 10}
+
+
+def test_the_fingerprint_is_the_numbers_of_samples_and_checksums_of_labels_and_order() -> None:
+    """It stands in checkpoints: another one would be taken for other data."""
+    labels = np.array([1, 0, 0, 1, 2, 1], dtype="<i8")
+    data = datasets.ImageData(
+        (images_of(6), torch.from_numpy(labels)), (images_of(2), torch.tensor([0, 2])), list("abc")
+    )
+    splits, _ = divide(data)
+    splits["train"] = replace(splits["train"], indices=torch.tensor([4, 0, 3]))
+    known = zlib.crc32(labels[[4, 0, 3]].tobytes()), zlib.crc32(np.array([0, 2], dtype="<i8").tobytes())
+    assert fingerprint(splits) == f"train 3 {known[0]:08x}, test 2 {known[1]:08x}"
+    order = zlib.crc32(np.arange(30, dtype="<i8").tobytes())
+    assert fingerprint(divide(unlabelled())[0]) == f"train 30 {order:08x}, test 30 {order:08x}"
+    streams = datasets.ImageData(Counted(), Stream(), ["a", "b"])
+    assert fingerprint(divide(streams, steps_per_epoch=1)[0]) == "train 9 00000000, test 0 00000000"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What goes together
+
+
+class Stream(IterableDataset):
+    """Has no length."""
+
+    targets = torch.tensor([0, 1, 0])  # of what, nobody can say
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(())
+
+
+class Counted(Stream):
+    def __len__(self) -> int:
+        return 9
+
+
+def test_samples_of_a_stream_are_counted_where_they_can_be(capsys: pytest.CaptureFixture[str]) -> None:
+    data = datasets.ImageData(Stream(), Counted(), ["a", "b"])
+    for limit, expected in ((None, (0, 9)), (5, (0, 5)), (20, (0, 9))):
+        splits, _ = divide(data, limit=limit, steps_per_epoch=2, val_fraction=0.5)
+        assert (len(splits["train"]), len(splits["test"])) == expected and list(splits) == ["train", "test"]
+        assert splits["test"].indices is None and splits["test"].steps is None and splits["train"].steps == 2
+    assert capsys.readouterr().out == ""
+
+
+def test_what_is_taken_at_random_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    for given, told in (
+        ({"limit": 5}, "samples of dataset.limit are taken at random"),
+        ({"limit": 5, "val_fraction": 0.5}, "samples of dataset.limit are taken at random"),
+        ({"val_fraction": 0.5}, "validation is held out at random"),
+        ({}, ""),
+    ):
+        divide(unlabelled(), **given)  # type: ignore[arg-type]
+        line = f"Unlabelled has no .targets: {told}, not class by class\n"
+        assert capsys.readouterr().out == (line if told else "")
+    LABELS[:] = [0, 1] * 10
+    divide(labelled(), limit=5, val_fraction=0.5)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    "targets", [["ant", "bee"] * 15, [0.0, 1.0] * 15, [[0, 1]] * 30, [0, 1], [0] * 31, 5, object()]
+)
+def test_targets_that_are_not_a_class_for_each_sample_are_not_taken_for_labels(
+    targets: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    part = Unlabelled()
+    part.targets = targets  # type: ignore[attr-defined]
+    splits, _ = divide(datasets.ImageData(part, part, ["a", "b", "c"]), val_fraction=0.2)
+    assert len(splits["val"]) == 6 and "Unlabelled has no .targets: validation is held out at random" in (
+        capsys.readouterr().out
+    )
+    part.targets = [0] * 20 + [1] * 10  # type: ignore[attr-defined]
+    splits, _ = divide(datasets.ImageData(part, part, ["a", "b", "c"]), val_fraction=0.2)
+    assert splits["val"].indices is not None and int((splits["val"].indices < 20).sum()) == 4
+    assert capsys.readouterr().out == ""
+
+
+def test_a_validation_part_of_the_datas_own_is_whole_and_nothing_else_is_held_out() -> None:
+    LABELS[:] = [0, 1] * 10
+    data = replace(labelled(), val=(images_of(6), torch.tensor([0, 1] * 3)))
+    splits, _ = divide(data, val_fraction=0.5)
+    assert {name: len(split) for name, split in splits.items()} == {"train": 20, "val": 6, "test": 10}
+    with pytest.raises(RequestError, match="val sample 5 has label 2; expected 0 to 1"):
+        divide(replace(data, val=(images_of(6), torch.tensor([0, 1, 0, 1, 0, 2]))))
+
+
+@pytest.mark.parametrize(
+    ("images", "labels"),
+    [
+        (torch.zeros(3, 1, 2, 2), torch.zeros(3, dtype=torch.int64)),
+        (torch.zeros(3, 2, 2, dtype=torch.uint8), torch.zeros(3, dtype=torch.int64)),
+        (torch.zeros(3, 1, 1, 2, 2, dtype=torch.uint8), torch.zeros(3, dtype=torch.int64)),
+        (torch.zeros(3, 1, 2, 2, dtype=torch.uint8), torch.zeros(3, dtype=torch.int32)),
+        (torch.zeros(3, 1, 2, 2, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64)),
+        (torch.zeros(3, 1, 2, 2, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64)),
+        (torch.zeros(3, 1, 2, 2, dtype=torch.uint8), torch.zeros(3, 1, dtype=torch.int64)),
+    ],
+)
+def test_samples_in_memory_of_another_type_or_shape_are_refused(images: Tensor, labels: Tensor) -> None:
+    LABELS[:] = [0, 1]
+    found = f"{images.dtype} {list(images.shape)} and {labels.dtype} {list(labels.shape)}"
+    with pytest.raises(RequestError) as refused:
+        divide(replace(labelled(), test=(images, labels)))
+    assert str(refused.value) == (
+        f"dataset: test images and labels are {found}; "
+        "expected torch.uint8 [n, channels, height, width] and torch.int64 [n]"
+    )
+
+
+class NoLength(Dataset):
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return images_of(1)[0], 0
+
+
+def test_parts_that_are_none_and_empty_ones_are_refused() -> None:
+    LABELS[:] = [0, 1]
+    kinds = "(images, labels) or a torch.utils.data.Dataset, with __len__ unless it is an IterableDataset"
+    for part, says in (
+        (5, f"dataset: test is int; expected {kinds}"),
+        (None, f"dataset: test is NoneType; expected {kinds}"),
+        ({1, 2}, f"dataset: test is set; expected {kinds}"),
+        (NoLength(), f"dataset: test is NoLength; expected {kinds}"),
+        ((images_of(2)[:0], torch.tensor([], dtype=torch.int64)), "dataset: the test split is empty (0 samples)"),
+    ):
+        with pytest.raises(RequestError, match=re.escape(says)):
+            divide(replace(labelled(), test=part))  # type: ignore[arg-type]
+    splits, _ = divide(replace(labelled(), test=(images_of(1), torch.tensor([1]))))
+    assert len(splits["test"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("classes", "says"), [(["a"], "training samples of one class only, 'a'"), ([], "no class"), (["a", "b"], None)]
+)
+def test_a_dataset_that_does_not_tell_its_labels_has_two_classes_or_more(classes: list[str], says: str | None) -> None:
+    data = replace(unlabelled(), classes=classes)
+    if says is None:
+        assert divide(data)[1] == ["a", "b"]
+        return
+    with pytest.raises(RequestError, match=f"^dataset: {says}; a classifier needs at least two$"):
+        divide(data)
+
+
+@pytest.mark.parametrize("labels", [[2, 2], [2]])
+def test_the_one_class_that_there_is_is_named(labels: list[int]) -> None:
+    with pytest.raises(RequestError, match=r"^dataset: training samples of one class only, 'c'; a classifier needs"):
+        divide(of_classes(["a", "b", "c"], labels))
+
+
+def test_steps_are_for_data_that_has_no_length_and_only_for_it() -> None:
+    LABELS[:] = [0, 1] * 5
+    streams = datasets.ImageData(Stream(), Stream(), ["a", "b"])
+    with pytest.raises(RequestError, match=r"^Stream is iterable-style: set dataset.steps_per_epoch, the batches an"):
+        divide(streams)
+    with pytest.raises(RequestError, match=r"^dataset.steps_per_epoch=3: for iterable-style data; limit_batches= sho"):
+        divide(labelled(), steps_per_epoch=3)
+    assert divide(labelled())[0]["train"].steps is None and divide(streams, steps_per_epoch=3)[0]["train"].steps == 3
+
+
+def test_a_sampler_is_a_function_of_the_indices_or_draws_from_all() -> None:
+    LABELS[:] = [0, 1] * 5
+    data = replace(labelled(), sampler=[1, 1, 2])  # type: ignore[arg-type]
+    sampler = divide(data)[0]["train"].sampler
+    assert sampler is not None and list(sampler(torch.arange(10))) == [1, 1, 2]
+    with pytest.raises(RequestError, match="its sampler draws from all training samples, and some are held out"):
+        divide(data, val_fraction=0.2)
+    data = replace(data, sampler=lambda indices: indices[:2].tolist())
+    splits, _ = divide(data, val_fraction=0.2)
+    assert splits["train"].sampler is data.sampler and splits["val"].sampler is splits["test"].sampler is None
+    assert divide(labelled(), val_fraction=0.2)[0]["train"].sampler is None
+
+
+def test_rounding_that_holds_out_enough_leaves_small_classes_whole() -> None:
+    """A tenth of 5 times 6 and of 2 times 4 samples: 0.6 and 0.4 a class; five are more than 3.8 already."""
+    labels = torch.tensor([0] * 6 + [1] * 6 + [2] * 6 + [3] * 6 + [4] * 6 + [5] * 4 + [6] * 4)
+    assert shares(hold_out(labels, 38, 0.1), labels) == [1, 1, 1, 1, 1, 0, 0]
+
+
+def test_the_largest_of_the_small_classes_give_a_sample_each() -> None:
+    labels = torch.tensor([0] * 2 + [1] * 4 + [2] * 3 + [3] + [4] * 2)
+    assert shares(hold_out(labels, 12, 0.1), labels) == [0, 1, 0, 0, 0]  # 1.2 samples, and 0.4 of the largest class
+    assert shares(hold_out(labels, 12, 0.001), labels) == [0, 1, 0, 0, 0]
+    assert shares(hold_out(labels, 12, 0.24), labels) == [1, 1, 1, 0, 0]
+
+
+def test_a_limit_draws_from_a_shuffle_of_its_own() -> None:
+    shuffled = torch.randperm(50, generator=torch.Generator().manual_seed(2)).tolist()
+    assert spread(None, 50, 7).tolist() == sorted(shuffled[:7])
+    labels = torch.tensor([0, 2] * 25)
+    assert spread(labels, 50, 6).tolist() == sorted(
+        [i for i in shuffled if i % 2 == 0][:3] + [i for i in shuffled if i % 2][:3]
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Image files
+
+
+def files_of(*names: str, missing: str = "") -> ImageFiles:
+    return ImageFiles(names, [number % 2 for number in range(len(names))], no_files=set(missing))
+
+
+def of_files(missing: str, **parts: Any) -> datasets.ImageData:
+    """Ten files for training, a to j, and four for the test, x, y, z, w."""
+    return datasets.ImageData(
+        **{"train": files_of(*"abcdefghij", missing=missing), "test": files_of(*"xyzw", missing=missing), **parts},
+        classes=["one", "two"],
+    )
+
+
+TRAINING = " (dataset.skip_unreadable=true leaves {} out)"
+
+
+@pytest.mark.parametrize(
+    ("missing", "skip", "says"),
+    [
+        ("c", False, "c{}; replace or remove it" + TRAINING.format("it")),
+        ("hcy", False, "c{}, nor 1 other of the train split; replace or remove them" + TRAINING.format("them")),
+        ("cha", False, "a{}, nor 2 others of the train split; replace or remove them" + TRAINING.format("them")),
+        ("jihcba", False, "a{}, nor 5 others of the train split; replace or remove them" + TRAINING.format("them")),
+        ("cy", True, "y{}; replace or remove it"),
+        ("zy", False, "y{}, nor 1 other of the test split; replace or remove them"),
+        ("ca", True, None),
+        ("", False, None),
+        ("q", False, None),
+    ],
+)
+def test_what_is_no_file_is_told_before_the_run(missing: str, skip: bool, says: str | None) -> None:
+    if says is None:
+        splits, _ = divide(of_files(missing), skip_unreadable=skip)
+        assert [split.skip_unreadable for split in splits.values()] == [skip, False]
+        return
+    with pytest.raises(RequestError) as refused:
+        divide(of_files(missing), skip_unreadable=skip)
+    assert str(refused.value) == says.format(": cannot be read, as it is no regular file or a link to nothing")
+
+
+def test_what_is_no_file_is_not_left_out_of_validation() -> None:
+    data = of_files("v", val=files_of(*"uv", missing="v"))
+    for skip in (True, False):
+        with pytest.raises(RequestError, match=r"^v: cannot be read, .* link to nothing; replace or remove it$"):
+            divide(data, skip_unreadable=skip)
+
+
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """In place of what decodes files: "images", and what it was "asked"; of "bad" rows they cannot be read."""
+    known: dict[str, Any] = {"asked": [], "bad": {}}
+
+    def cached_images(files: ImageFiles, *given: Any) -> tuple[Tensor, dict[int, str]]:
+        known["asked"].append((str(files.paths[0]), *given))
+        bad = {row: error for row, error in known["bad"].items() if files.paths[0] == "a"}
+        return images_of(len(files)), bad
+
+    monkeypatch.setattr("engine.data.cache.cached_images", cached_images)
+    monkeypatch.setattr(datasets, "made", lambda: known.get("data") or of_files(""), raising=False)
+    return known
+
+
+def from_cache(**changes: Any) -> dict[str, Any]:
+    given = {"cache": True, "cache_dir": "kept", "skip_unreadable": False, "val_fraction": 0.0}
+    return settings(**{**given, "_target_": "datasets.made", **changes})
+
+
+RESIZED = {"Resize": {"size": [4, 4]}}
+FLIP = "RandomHorizontalFlip"
+
+
+def test_files_are_decoded_once_for_all_splits(decoded: dict[str, Any]) -> None:
+    splits, _ = load_splits(from_cache(val_fraction=0.2))
+    assert decoded["asked"] == [("a", None, Path("kept"), False), ("x", None, Path("kept"), False)]
+    assert list(splits) == ["train", "val", "test"] and splits["train"].part[0] is splits["val"].part[0]
+    for name, count in (("train", 8), ("val", 2), ("test", 4)):
+        images, labels = splits[name].part
+        assert len(splits[name]) == count and torch.equal(images, images_of(len(images)))
+        assert torch.equal(labels, torch.arange(len(images)) % 2)
+    decoded["asked"].clear()
+    assert list(load_splits(from_cache(), only="test")[0]) == ["test"] and len(decoded["asked"]) == 1
+    decoded["asked"].clear()
+    assert isinstance(load_splits(from_cache(cache=False))[0]["train"].part, ImageFiles) and not decoded["asked"]
+
+
+@pytest.mark.parametrize(
+    ("for_training", "for_evaluation", "size"),
+    [
+        ([], [], None),
+        ([FLIP], [], None),
+        ([FLIP, RESIZED], [FLIP, RESIZED], None),
+        ([RESIZED], [RESIZED], [4, 4]),
+        ([RESIZED, FLIP, FLIP], [RESIZED], [4, 4]),
+        ([RESIZED], [], "refused"),
+        ([], [RESIZED], "refused"),
+        ([RESIZED], [FLIP, RESIZED], "refused"),
+        ([RESIZED], [{"Resize": {"size": [4, 5]}}], "refused"),
+        ([{"Resize": {"size": [5, 4]}}], [RESIZED], "refused"),
+    ],
+)
+def test_the_cache_has_the_resize_that_all_images_meet_first(
+    decoded: dict[str, Any], for_training: list[Any], for_evaluation: list[Any], size: Any
+) -> None:
+    given = from_cache(train_transforms=for_training, eval_transforms=for_evaluation)
+    if size == "refused":
+        with pytest.raises(RequestError, match="put the same Resize first in train_transforms and eval_transforms"):
+            load_splits(given)
+        return
+    load_splits(given)
+    for asked in decoded["asked"]:
+        assert (asked[1] and list(asked[1].size)) == size
+
+
+def test_what_cannot_be_decoded_is_left_out_of_training_only(
+    decoded: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for bad, told in (
+        ({}, ""),
+        ({3: "d: bad"}, "a training image is left out: d: bad\n"),
+        ({3: "d: bad", 1: "b: bad"}, "2 training images cannot be read and are left out; the first: b: bad\n"),
+        ({9: "j", 4: "e", 7: "h"}, "3 training images cannot be read and are left out; the first: e\n"),
+    ):
+        decoded["bad"] = bad
+        splits, _ = load_splits(from_cache(skip_unreadable=True))
+        assert splits["train"].indices is not None and splits["test"].indices is not None
+        assert splits["train"].indices.tolist() == [row for row in range(10) if row not in bad]
+        assert splits["test"].indices.tolist() == [0, 1, 2, 3] and capsys.readouterr().out == told
+        assert decoded["asked"][-1][3] is True
+
+
+@pytest.mark.parametrize("name", ["val", "test"])
+def test_what_cannot_be_decoded_is_told_where_nothing_is_skipped(decoded: dict[str, Any], name: str) -> None:
+    decoded["data"] = of_files("", train=files_of(*"klmnop"), **{name: files_of(*"abcd")})
+    decoded["bad"] = {2: "c: bad", 1: "b: bad"}
+    says = rf"^b: bad; 2 of the 4 images cannot be read \(in the {name} split, where nothing is skipped\)$"
+    with pytest.raises(RequestError, match=says):
+        load_splits(from_cache(skip_unreadable=True))
+
+
+def test_a_cache_is_for_files(decoded: dict[str, Any]) -> None:
+    LABELS[:] = [0, 1] * 5
+    decoded["data"] = labelled()
+    with pytest.raises(RequestError, match=r"^dataset.cache=true: for image files, and datasets.made has none; set it"):
+        load_splits(from_cache())

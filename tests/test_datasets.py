@@ -20,7 +20,7 @@ import datasets
 from datasets import csv_images, image_folder
 from engine.data.formats import read_idx, read_pickle
 from engine.data.images import read_image
-from engine.data.splits import fingerprint, hold_out, load_splits, spread
+from engine.data.splits import fingerprint, load_splits
 from engine.errors import RequestError
 
 FOLDER = {"test_fraction": 0.25, "channels": 3, "max_pixels": 10**6}
@@ -760,71 +760,11 @@ def settings(top, **changes):
     return {"_target_": "datasets.image_folder", "root": str(top), **FOLDER, **common, **changes}
 
 
-def shares(chosen, labels):
-    return labels[chosen].bincount(minlength=int(labels.max()) + 1).tolist()
-
-
-def test_a_share_is_held_out_of_small_classes_too():
-    labels = torch.arange(10).repeat_interleave(4)
-    held_out = hold_out(labels, 40, 0.1)  # 0.4 of every class
-    assert int(held_out.sum()) == 4 and max(shares(held_out, labels)) == 1
-    labels = torch.tensor([0] * 100 + [1] * 4 + [2] * 3 + [3])
-    assert shares(hold_out(labels, 108, 0.1), labels) == [10, 1, 0, 0]
-    assert shares(hold_out(labels, 108, 0.9), labels) == [90, 3, 2, 0], "no class gives its last sample away"
-    assert int(hold_out(torch.arange(5), 5, 0.5).sum()) == 0 == int(hold_out(labels, 108, 0.0).sum())
-    assert int(hold_out(None, 3, 0.01).sum()) == 1 and int(hold_out(None, 1, 0.5).sum()) == 0
-
-
-def test_what_is_held_out_of_the_digits_is_what_it_was():
-    labels = datasets.digits().train[1]
-    shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0)).tolist()
-    expected = set()
-    for label in range(10):
-        members = [place for place in shuffled if labels[place] == label]
-        expected |= set(members[: round(0.1 * len(members))])
-    assert set(hold_out(labels, len(labels), 0.1).nonzero().flatten().tolist()) == expected
-
-
-def test_a_limit_takes_of_every_class_its_share_in_the_order_there_was():
-    labels = torch.tensor([0] * 60 + [1] * 30 + [2] * 9 + [3])
-    assert shares(spread(labels, 100, 10), labels) == [5, 3, 1, 1]
-    assert shares(spread(labels, 100, 4), labels) == [1, 1, 1, 1]
-    assert shares(spread(labels, 100, 3), labels) == [1, 1, 1, 0]
-    assert shares(spread(labels, 100, 50), labels) == [30, 15, 4, 1]
-    chosen = spread(labels, 100, 50)
-    assert torch.equal(chosen, chosen.sort().values) and set(spread(labels, 100, 20).tolist()) <= set(chosen.tolist())
-    assert spread(labels, 100, 100).tolist() == spread(labels, 100, None).tolist() == list(range(100))
-    without = spread(None, 1000, 10)
-    assert len(set(without.tolist())) == 10 and without.max() > 500 and torch.equal(without, spread(None, 1000, 10))
-
-
 def test_a_limit_of_sorted_images_has_all_classes(tmp_path):
     make_folder(tmp_path, ("ant", "bee", "cat"), 10)
     splits, _ = load_splits(settings(tmp_path, limit=6, val_fraction=0.2))
-    counts = [shares(split.indices, split.part.targets) for split in splits.values()]
+    counts = [split.part.targets[split.indices].bincount(minlength=3).tolist() for split in splits.values()]
     assert counts[0] == [2, 2, 2] and min(map(min, counts)) >= 1
-
-
-def of_classes(classes, labels):
-    images = torch.zeros(len(labels), 1, 4, 4, dtype=torch.uint8)
-    return datasets.ImageData((images, torch.tensor(labels)), (images, torch.tensor(labels)), classes)
-
-
-@pytest.mark.parametrize(
-    ("classes", "labels", "says"),
-    [
-        (["a", "b", "a"], [0, 1, 2], r"the class name 'a' occurs more than once"),
-        ([1, "1"], [0, 1], r"the class name '1' occurs more than once"),
-        (["a"], [0, 0], r"training samples of one class only, 'a'"),
-        (["a", "b"], [1, 1], r"training samples of one class only, 'b'"),
-        ([], [0, 0], r"label 0; expected 0 to -1"),
-    ],
-)
-def test_classes_are_at_least_two_and_each_name_is_one(monkeypatch, classes, labels, says):
-    monkeypatch.setattr(datasets, "made", lambda: of_classes(classes, labels), raising=False)
-    given = {"limit": None, "val_fraction": 0.0, "train_transforms": [], "eval_transforms": []}
-    with pytest.raises(RequestError, match=says):
-        load_splits({**given, "_target_": "datasets.made"})
 
 
 def test_overfitting_says_what_its_figure_means(call):

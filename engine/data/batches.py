@@ -135,7 +135,7 @@ class Batches:
                     raise RequestError(f"dataset: its sampler {type(sampler).__name__} gives no sample")
                 return count
         if self.training and self.split.indices is None:
-            return (self.split.steps or 0) * self.batch_size
+            return self.split.steps * self.batch_size  # type: ignore[operator]
         return len(self.split)
 
     def __len__(self) -> int:
@@ -314,7 +314,7 @@ def _count_image_transforms(transforms: Sequence[Any], in_memory: bool) -> int:
     All up to the last one that only torchvision has, and the first Resize of what is read from files, as their images
     differ in size before it.
     """
-    last = [place + 1 for place, transform in enumerate(transforms) if isinstance(transform, PerImage)][-1:]
+    last = [place + 1 for place, transform in enumerate(transforms) if isinstance(transform, PerImage)]
     resize = (
         []
         if in_memory

@@ -271,9 +271,11 @@ def _check_part(part: Any, name: str, classes: list[str]) -> None:
                 f"dataset: {name} images and labels are {found}; "
                 "expected torch.uint8 [n, channels, height, width] and torch.int64 [n]"
             )
-    elif not hasattr(part, "__getitem__") and not isinstance(part, IterableDataset):
-        found = type(part).__name__
-        raise RequestError(f"dataset: {name} is {found}; expected (images, labels) or a torch.utils.data.Dataset")
+    elif not isinstance(part, IterableDataset) and not (hasattr(part, "__getitem__") and hasattr(part, "__len__")):
+        raise RequestError(
+            f"dataset: {name} is {type(part).__name__}; "
+            "expected (images, labels) or a torch.utils.data.Dataset, with __len__ unless it is an IterableDataset"
+        )
     if _count(part) == 0:
         raise RequestError(f"dataset: the {name} split is empty (0 samples); add images")
     known = _labels(part)
@@ -297,9 +299,10 @@ def _count(part: Any) -> int | None:
 def _labels(part: Any) -> Tensor | None:
     """All labels, int64 `[n]`, where they can be had without reading the samples."""
     labels = part[1] if isinstance(part, tuple) else getattr(part, "targets", None)
-    if labels is None or isinstance(part, IterableDataset):
+    try:
+        known = torch.as_tensor(labels)
+    except (TypeError, ValueError, RuntimeError):  # None, or names
         return None
-    known = torch.as_tensor(labels)
     return known.long() if known.ndim == 1 and not known.is_floating_point() and len(known) == _count(part) else None
 
 
@@ -351,7 +354,7 @@ def spread(labels: Tensor | None, count: int, limit: int | None) -> Tensor:
     members = _by_class(labels, count, seed=2)
     turns = []
     for member in members:
-        turn = (torch.arange(len(member)) + 0.5) / max(1, len(member))  # F. Webster's way to share out seats
+        turn = (torch.arange(len(member)) + 0.5) / len(member)  # F. Webster's way to share out seats
         turn[:1] = -len(member)  # before all of these, the first of the largest class first
         turns.append(turn)
     chosen = torch.cat(turns).argsort(stable=True)[:limit]

@@ -6,7 +6,6 @@ import math
 import mmap
 import multiprocessing
 import os
-import pickle
 import signal
 import traceback
 import warnings
@@ -14,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from multiprocessing.reduction import DupFd
 from multiprocessing.util import Finalize
+from pickle import PicklingError
 from typing import Any
 
 import numpy as np
@@ -33,19 +33,19 @@ class _Slots:
     """
 
     def __init__(self) -> None:
-        self.file = os.fdopen(os.memfd_create("batches"), "r+b", buffering=0)
+        self.file = os.fdopen(os.memfd_create("batches"), "r+b")
         self.memory: Tensor | None = None
 
     def __getstate__(self) -> Any:
         return DupFd(self.file.fileno())  # how multiprocessing sends a file to a process that it starts
 
     def __setstate__(self, sent: Any) -> None:
-        self.file, self.memory = os.fdopen(sent.detach(), "r+b", buffering=0), None
+        self.file, self.memory = os.fdopen(sent.detach(), "r+b"), None
 
     def mapped(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
         """The memory as one tensor, of the same shape and type each time; None where there is not so much."""
         if self.memory is None:
-            size = max(1, math.prod(shape) * dtype.itemsize)
+            size = math.prod(shape) * dtype.itemsize
             with suppress(OSError, ValueError, OverflowError):
                 os.ftruncate(self.file.fileno(), size)
                 memory = torch.frombuffer(mmap.mmap(self.file.fileno(), size), dtype=dtype)
@@ -134,7 +134,7 @@ class Workers:
                 self.slots = _Slots()
         self.layout: tuple[tuple[int, ...], torch.dtype] | None = None  # of the slots, once an image was seen
         self.loader: DataLoader | None = None
-        self.turn = 0
+        self.turn = object()  # that of the answers which are given
 
     def first(self, epoch: int, indices: Tensor) -> Tensor:
         """The first image of these samples that can be read, `[1, channels, height, width]`, for its shape.
@@ -187,13 +187,12 @@ class Workers:
     def _answers(self, asked: list[tuple[int, np.ndarray, Slot | None]]) -> Iterator[tuple[Any, np.ndarray, Any]]:
         """What the workers answer, in order, raising their errors; starts them if there are none yet."""
         self.asked[:] = asked
-        self.turn += 1
-        turn = self.turn
+        self.turn = turn = object()
         for answer in self._until_death():
             if isinstance(answer[0], RunError):
                 raise answer[0] from _InWorker(answer[1])
             yield answer
-            if turn != self.turn:  # the workers answer the later one
+            if turn is not self.turn:  # the workers answer the later one
                 raise RuntimeError("an epoch cannot go on after another one of the same batches was begun")
 
     def _until_death(self) -> Iterator[Any]:
@@ -221,13 +220,13 @@ class Workers:
                     collate_fn=_as_it_is,
                     persistent_workers=True,
                     worker_init_fn=_start_worker,
-                    generator=torch.Generator().manual_seed(0),  # or it would draw from the run's own
+                    generator=torch.Generator(),  # or it would draw from the run's own
                 )
                 # Workers heed no signal; multiprocessing would wait for them for ever: they are told before.
                 Finalize(self, _dismiss, args=(self.loader,), exitpriority=100)
             try:
                 return iter(self.loader)
-            except (pickle.PicklingError, AttributeError, TypeError) as error:
+            except (PicklingError, AttributeError, TypeError) as error:
                 raise RunError(
                     f"{type(self.reader.part).__name__} cannot be sent to worker processes ({one_line(error, 160)}); "
                     "let it open files on first use, or set num_workers=0"
