@@ -54,7 +54,7 @@ TESTS: dict[str, Sequence[str]] = {
     "engine/run/archive.py": ["run_archive", "run_trust", "run_checkpoint"],
     "engine/run/runs.py": ["train", "evaluate", "run_resume"],
     "engine/command/resume.py": ["reference", "run_resume"],
-    "engine/command/sweep.py": ["command_sweep"],
+    "engine/command/sweep.py": ["command_sweep_jobs", "command_sweep"],
     "train.py": ["training_progress", "reference", "train", "run_resume"],
 }
 IMPORTED = ("torch", "torchvision.transforms.v2", "numpy", "hydra", "pytest", "matplotlib.figure", "tqdm", "sklearn")
