@@ -410,7 +410,7 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     settings = {"varying": ["seed"], "jobs": 3, "first_number": 0}
 
     def run(main: Callable[[dict[str, Any]], Any], number: int = 0, seed: int = 0, **described: Any) -> Any:
-        (directory / "sweep.json").write_text(json.dumps(settings | described))
+        (directory / "sweep.json").write_text(json.dumps(settings | described) if described.get("jobs", 3) else "{")
         overrides = SimpleNamespace(task=["name=s", f"+seed={seed}", "epochs=1"])
         own = {"num": number}, {"dir": str(directory)}, {"_target_": BASIC}
         parts = [SimpleNamespace(**part) for part in own]
@@ -443,6 +443,14 @@ def test_a_job_is_named_run_and_recorded(
     assert finished == {**began, "state": "finished", "value": 0.75} and began["state"] == "began"
     assert (began["job"], began["overrides"], began["run"]) == (2, ["seed=4"], "s/02_seed-4")
     assert len(began["configuration"]) == 16
+
+
+def test_a_job_runs_though_its_sweep_is_not_described(
+    job: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job(lambda plain: 0.75, 1, jobs=None)
+    assert capsys.readouterr().out == "\njob 2/?  seed=0 epochs=1\n"
+    assert records(tmp_path / "s")[0]["run"] == "s/02_seed-0_epochs-1"
 
 
 def test_a_finished_job_is_not_run_again_and_keeps_its_value(
