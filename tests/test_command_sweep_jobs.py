@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 import os
@@ -34,7 +35,7 @@ SUBMITIT = "hydra_plugins.hydra_submitit_launcher.submitit_launcher.LocalLaunche
 def as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What a sweep leaves in its process is put back."""
     monkeypatch.setattr(sweep, "started", None)
-    monkeypatch.setattr(sweep, "_interrupted", False)
+    monkeypatch.setattr(sweep, "_interrupted", sweep._interrupted)
     monkeypatch.setenv("PYTHONPATH", "")
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
@@ -577,7 +578,7 @@ def test_configurations_are_the_same_whatever_they_are_named() -> None:
     assert len({sweep._fingerprint(plain) for plain in (PLAIN, *others)}) == 5
 
 
-def test_which_run_goes_on(tmp_path: Path) -> None:
+def test_which_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     directory = tmp_path / "s"
 
     def before(*lines: dict[str, Any]) -> Any:
@@ -599,6 +600,15 @@ def test_which_run_goes_on(tmp_path: Path) -> None:
     (directory / "03" / ".hydra" / "link").symlink_to("elsewhere")
     for name in ("02", "03", "04"):
         assert before({"run": f"s/{name}", "state": "began"}) is None, name
+    for name in ("02/train.log", "03/.hydra/link"):
+        (directory / name).unlink()
+    assert before({"run": "s/03", "state": "began"}) == 1
+
+    def locked(folder: Path) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(sweep.trust, "check_folder", locked)
+    assert before({"run": "s/03", "state": "began"}) is None
 
 
 @pytest.mark.parametrize(
@@ -636,6 +646,8 @@ def test_a_line_that_no_sweep_wrote_is_passed_over(tmp_path: Path, line: str) ->
     content = f"{line}\n" + "".join(json.dumps(record) + "\n" for record in goods)
     (tmp_path / "jobs.jsonl").write_bytes(content.encode(errors="replace"))
     assert sweep._journal(tmp_path) == goods
+    (tmp_path / "jobs.jsonl").write_bytes(b"\xff\n" + content.encode(errors="replace"))
+    assert sweep._journal(tmp_path) == []  # no text
     (tmp_path / "jobs.jsonl").unlink()
     os.mkfifo(tmp_path / "jobs.jsonl")
     assert sweep._journal(tmp_path) == []
@@ -661,6 +673,8 @@ def test_names_of_runs(tmp_path: Path) -> None:
         ("lr=1e+30", "lr-1e30"),
         ("lr=1e-05", "lr-1e-05"),
         ("lr=0.0", "lr-0.0"),
+        ("lr=1.0", "lr-1"),
+        ("lr=-1.0", "lr-1"),
         ("n=123456", "n-123456"),
         ("h=[512, 512]", "h-512-512"),
         ("a.b='x y'", "b-x-y"),
@@ -723,6 +737,13 @@ def test_nobody_reading_fails_no_job(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(sys, "stdout", Closed())
     sweep._say("text")
+
+
+def test_what_is_said_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BufferedWriter(text)))  # a pipe
+    sweep._say("text")
+    assert text.getvalue() == b"text\n"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -797,7 +818,8 @@ def ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     def run(rows: list[dict[str, Any]], *ended: dict[str, Any], exit_code: int = 0, before: int = 0) -> int:
         for name in ("sweep.json", "multirun.yaml"):
             (directory / name).touch()
-        (directory / "jobs.jsonl").write_text("".join(json.dumps(RECORD | record) + "\n" for record in ended))
+        lines = [json.dumps(RECORD | record) + "\n" for record in ended]
+        (directory / "jobs.jsonl").write_text("".join(lines)) if lines else (directory / "jobs.jsonl").unlink()
         monkeypatch.setattr(sweep.compare, "read_runs", lambda root: rows)
         sweep.started = sweep.Sweep(directory, before)
         sweep._interrupted = True

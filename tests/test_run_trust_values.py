@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import hmac
 import math
@@ -81,6 +82,7 @@ def test_transforms_and_classes_may_be_any_text_of_200_characters(name: str) -> 
 
 @pytest.mark.parametrize("name", ["logger", "logger.mlflow.uri", "device", "num_workers", "dataset.cache"])
 def test_where_something_goes_is_never_data(name: str) -> None:
+    name = "".join(list(name))  # as it is read from a file
     assert not takes(1, name=name) and not takes("b", name=name, rule="one of a, b")
     assert takes("here", name=name, default="here")  # as it is here
     assert takes(1, name=f"{name.partition('.')[0]}_x.y")
@@ -273,6 +275,7 @@ def test_what_a_resumed_run_takes_over(tmp_path: Path) -> None:
     assert left == [] and list(taken) == [
         "epochs", "model.dropout", "optimizer.lr", "optimizer.momentum", "device", "num_workers"
     ]  # fmt: skip
+    assert trust.taken_over(here, copy.deepcopy(here), [], where, known, ours=True) == ({}, [])
     with pytest.raises(RequestError, match=r"run: epochs=0: expected an integer >= 1"):
         trust.taken_over(here, {"epochs": 0}, [], where, known, ours=True)
 
@@ -328,7 +331,9 @@ def test_functions_and_other_classes_of_models_are_no_models(tmp_path: Path, mon
         trust.target_of("model", named["Net"], FILE)
     monkeypatch.setattr(trust, "ROOT", tmp_path)
     assert trust.target_of("model", named["Net"], FILE)[0].__name__ == "Net"
-    for name in ("Other", "make"):
+    (tmp_path / "beside.py").write_text("raise SystemError")
+    named["beside"] = described("model", "mine", _target_="beside.Net")
+    for name in ("Other", "make", "beside"):
         with pytest.raises(RequestError, match="none of this program's"):
             trust.target_of("model", named[name], FILE)
 
@@ -351,8 +356,10 @@ def test_settings_of_a_file_go_before_those_here_and_typed_ones_before_all(capsy
 
 
 def test_settings_of_a_model_without_a_yaml_are_plain_data() -> None:
-    config = described("model", "mine", _target_="models.mlp.MLP", hidden=[3], deep={"a": {"b": 1}}, kind="relu")
-    found = {"hidden": [3], "deep": {"a": {"b": 1}}, "kind": "relu"}
+    config = described(
+        "model", "mine", _target_="models.mlp.MLP", hidden=[3], deep={"a": {"b": 1}}, kind="relu", no=None
+    )
+    found = {"hidden": [3], "deep": {"a": {"b": 1}}, "kind": "relu", "no": None}
     assert trust.settings_of("model", config, FILE, ours=False)[1] == found
     config["model"] |= {f"path{n}": f"/tmp/{n}" for n in range(7)}
     assert trust.settings_of("model", config, FILE, ours=True)[1]["path6"] == "/tmp/6"
