@@ -49,12 +49,12 @@ TESTS: dict[str, Sequence[str]] = {
     "engine/data/augment.py": ["data_augment_reference", "data_augment_edges", "data_augment"],
     "engine/data/draws.py": ["data_draws", "data_augment_reference", "data_augment"],
     "engine/data/transforms.py": ["data_transforms", "data_augment_edges", "data_augment_reference"],
-    "engine/run/checkpoint.py": ["run_trust", "evaluate", "reference", "run_checkpoint"],
-    "engine/run/trust.py": ["run_trust", "run_checkpoint"],
-    "engine/run/archive.py": ["run_trust", "run_checkpoint"],
+    "engine/run/checkpoint.py": ["run_checkpoint_checks", "run_trust", "evaluate", "reference", "run_checkpoint"],
+    "engine/run/trust.py": ["run_trust_values", "run_trust", "run_checkpoint"],
+    "engine/run/archive.py": ["run_archive", "run_trust", "run_checkpoint"],
     "engine/run/runs.py": ["run_directory", "run_compare"],
     "engine/command/resume.py": ["command_resume"],
-    "engine/command/sweep.py": ["command_sweep"],
+    "engine/command/sweep.py": ["command_sweep_jobs", "command_sweep"],
     "train.py": ["train_parts", "training_progress"],
 }
 IMPORTED = ("torch", "torchvision.transforms.v2", "numpy", "hydra", "pytest", "matplotlib.figure", "tqdm", "sklearn")

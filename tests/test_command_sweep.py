@@ -88,48 +88,6 @@ def test_a_stopped_run_goes_on_where_it_was(call: Call, tmp_path: Path) -> None:
     assert results(directory) == before
 
 
-@pytest.mark.parametrize(
-    "run", ["../..", "..", "cut", "cut/..", "other/01", "cut/link", "cut/a/b", "/etc", "cut/gone", 3, None, ["cut/01"]]
-)
-def test_only_runs_of_the_sweep_itself_go_on(tmp_path: Path, run: Any) -> None:
-    directory = tmp_path / "cut"
-    for name in ("cut/01", "other/01", "cut/a/b", "."):
-        (tmp_path / name / ".hydra").mkdir(parents=True)
-        (tmp_path / name / ".hydra" / "config.yaml").touch()
-    (directory / "link").symlink_to("../other/01")
-    good = {"job": 1, "overrides": ["seed=0"], "configuration": "x", "state": "began", "run": "cut/01"}
-    lines = [json.dumps(record) for record in (good, {**good, "run": run})]
-    (directory / "jobs.jsonl").write_text("\n".join(lines) + "\n")
-    assert sweep._before(directory, "x").get("run") == ("cut/01" if run != "cut/gone" else None)
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        "{", "3", "[]", "null", "{}", 5000 * "[", '{"state": "failed"}',
-        '{"job": 1, "overrides": "seed=0", "state": "began"}',
-        '{"job": "1", "overrides": [], "state": "began"}', '{"job": 1, "overrides": [3], "state": "finished"}',
-        '{"job": 1, "overrides": [], "state": "finished", "value": NaN}', '{"job": 1, "overrides": [], "state": 7}',
-        '{"job": 1, "overrides": [], "state": "failed", "reason": ["x"]}', "\x00\udcff",
-    ],
-)  # fmt: skip
-def test_a_line_that_no_sweep_wrote_is_passed_over(tmp_path: Path, line: str) -> None:
-    good = {
-        "job": 1,
-        "overrides": ["seed=0"],
-        "configuration": "x",
-        "state": "failed",
-        "reason": "because",
-        "exit_code": 1,
-    }
-    content = f"{line}\n{json.dumps(good)}\n"
-    (tmp_path / "jobs.jsonl").write_bytes(content.encode(errors="replace"))
-    assert sweep._journal(tmp_path) == [good]
-    (tmp_path / "jobs.jsonl").unlink()
-    os.mkfifo(tmp_path / "jobs.jsonl")
-    assert sweep._journal(tmp_path) == []
-
-
 def test_a_sweep_that_cannot_start_leaves_nothing(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any) -> None:
         raise RunError("no space")
@@ -140,24 +98,10 @@ def test_a_sweep_that_cannot_start_leaves_nothing(call: Call, tmp_path: Path, mo
     assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
-def test_sweeps_of_the_same_second_do_not_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(time, "strftime", lambda _: "now")
-    assert [sweep._claim(tmp_path, None)[0].name for _ in range(3)] == ["sweep_now", "sweep_now_2", "sweep_now_3"]
-
-
 def test_evaluate_sweeps_too(call: Call, tmp_path: Path) -> None:
     assert call("train", "name=run", *SMALL).code == 0
     answer = call("evaluate", "-m", "split=val,test")
     assert answer.code == 0 and answer.out.count("accuracy") >= 2
-
-
-@pytest.mark.parametrize(
-    "text", ["lr=0.30000000000000004", "lr=1e+30", "h=[512, 512]", "a.b='x y'", "path=/a/b=c,d", "x=-1"]
-)
-def test_names_are_safe_to_paste(text: str) -> None:
-    word = sweep._word(text)
-    assert word and not set(word) - set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.-")
-    assert len(word) < 20
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -204,19 +148,6 @@ def test_where_all_jobs_are_wrong_nothing_stays(call: Call, tmp_path: Path) -> N
     answer = call("train", "-m", "seed=0,1", "dataset=mnist", "dataset.root=nowhere.txt/x", "device=cuda:99")
     assert answer.code == 2 and answer.err.count("error: job 1 (seed=0)") == 2
     assert list((tmp_path / "checkpoints").iterdir()) == []
-
-
-def test_gpus_are_dealt_out_to_parallel_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "torch", raising=False)
-    chosen = []
-    for number in range(4):
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5,7")
-        sweep._choose_gpu(number, "auto", "hydra_plugins.hydra_joblib_launcher.joblib_launcher.JoblibLauncher")
-        chosen.append(os.environ["CUDA_VISIBLE_DEVICES"])
-    assert chosen == ["2", "5", "7", "2"]
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5,7")
-    sweep._choose_gpu(1, "cuda:2", "hydra_plugins.hydra_joblib_launcher.joblib_launcher.JoblibLauncher")
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == "2,5,7", "a device that was named is the user's choice"
 
 
 def start_and_stop(tmp_path: Path, arguments: list[str], number: int, after: int) -> tuple[int, str]:

@@ -37,7 +37,7 @@ from typing import Any, NamedTuple
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
+from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
@@ -181,8 +181,6 @@ def _values(override: Override) -> list[str]:
     value = override.value()
     if isinstance(value, IntervalSweep):
         return [str(value.start), str(value.end)]
-    if isinstance(value, RangeSweep) and value.stop is None:
-        return []
     return [str(text) for text in override.sweep_string_iterator()]
 
 

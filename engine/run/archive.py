@@ -119,7 +119,7 @@ class _Reader:
             raise ValueError("it was written on a machine of the other byte order")
         try:
             found = self._interpret(self._bytes("data.pkl"))
-        except (IndexError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
+        except (IndexError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"its pickle is damaged ({type(error).__name__})") from None
         for name in self.records:  # what the pickle does not name is checked, too
             self._content(name)
@@ -218,7 +218,7 @@ class _Reader:
 
     def _storage(self, kind: str, storage: _Name, key: str, location: str, size: int) -> tuple[torch.dtype, str]:
         package, _, name = _of(_Name, storage).name.rpartition(".")
-        if kind != "storage" or package not in ("torch", "torch.storage") or name not in STORAGES:
+        if kind != "storage" or package != "torch" or name not in STORAGES:
             raise ValueError(f"it holds {storage.name[:80]}; expected tensors of {', '.join(STORAGES)}")
         return STORAGES[name], f"{self.folder}data/{_of(str, key)}"
 
@@ -228,8 +228,7 @@ class _Reader:
         if self.tensors > MOST_TENSORS:
             raise ValueError(f"it holds more than {MOST_TENSORS:,} tensors")
         places = [_of(int, number) for number in (offset, *_of(tuple, size), *_of(tuple, stride))]
-        data = self._content(record)
-        data = data[: len(data) // dtype.itemsize * dtype.itemsize].view(dtype)
+        data = self._content(record).view(dtype)
         reach = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True)) + 1 if 0 not in size else offset
         if min(places) < 0 or len(size) > 16 or reach > len(data) or math.prod(size) > len(data):
             raise ValueError(f"it holds a tensor of shape {list(size)[:16]} without the data for it")

@@ -203,7 +203,7 @@ def settings_of(
             result[name] = value
         elif name not in result or result[name] == "???":
             refused.append(f"{name}={_brief(value)}")
-        elif result[name] != value:
+        else:
             print(f"{name} is {_brief(result[name])} as here, not {_brief(value)} as in {printable(str(where))}")
     if refused:
         raise RequestError(
