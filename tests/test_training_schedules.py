@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import nn
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR, LinearLR, MultiStepLR, OneCycleLR, StepLR
 
 from engine.config import CONFIGS, group_options
 from engine.errors import RequestError
-from engine.files import parse_yaml
 from engine.training import schedules
 from engine.training.schedules import Schedule, build_schedule, constant, cosine, linear, one_cycle
 
@@ -46,8 +46,8 @@ def rates_of(make: Callable[[Optimizer], Any], steps: int) -> list[float]:
 # Warm-up over w steps: step i (from 0) has (i + 1) / (w + 1), so the first that is at the full rate is step w.
 # Cosine over n steps, w of them warm-up: step i >= w has final + (1 - final) * (1 + cos(pi * (i - w) / (n - w))) / 2.
 # A line over n steps, w of them warm-up: 1 - (1 - final) * (i - w) / (n - w).
-# One cycle of n steps with its peak at step p: first < p has initial + (1 - initial) * (1 - cos(pi * i / p)) / 2, from there
-# final + (1 - final) * (1 + cos(pi * (i - p) / (n - 1 - p))) / 2. The peak is the last step of the rise, as torch has it.
+# One cycle of n steps with its peak at step p: before it initial + (1 - initial) * (1 - cos(pi * i / p)) / 2, then
+# final + (1 - final) * (1 + cos(pi * (i - p) / (n - 1 - p))) / 2. The peak is the last step of the rise, as in torch.
 COS_45 = (1 + math.sqrt(0.5)) / 2  # 0.853553, a quarter of the way
 TABLE = {
     "constant": (constant, 8, 4, {}, [1] * 9),
@@ -336,7 +336,7 @@ def test_the_configuration_names_a_schedule_of_the_whole_run(name: str) -> None:
 
 @pytest.mark.parametrize("name", group_options()["scheduler"])
 def test_a_file_of_settings_has_the_defaults_of_its_function(name: str) -> None:
-    settings = parse_yaml((CONFIGS / "scheduler" / f"{name}.yaml").read_text())
+    settings: Any = OmegaConf.to_container(OmegaConf.load(CONFIGS / "scheduler" / f"{name}.yaml"))
     function = getattr(schedules, name)
     assert settings.pop("_target_") == f"engine.training.schedules.{name}"
     of_the_run = ("optimizer", "total_steps", "steps_per_epoch")

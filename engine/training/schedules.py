@@ -42,8 +42,8 @@ class Schedule:
         self.start(state["steps"])
 
 
-# The schedules: `optimizer.lr` times a share, which is a function of the step (the number of steps done before it). Each
-# takes the optimizer, total_steps of the whole run, steps_per_epoch (both >= 1), then its settings, which YAMLs explain.
+# `optimizer.lr` times a share, which is a function of the step (the number of steps done before it). Each takes the
+# optimizer, total_steps of the whole run and steps_per_epoch (both >= 1), then its settings, which its YAML explains.
 
 
 def constant(optimizer: Optimizer, total_steps: int, steps_per_epoch: int, warmup_epochs: float = 0) -> Schedule:
