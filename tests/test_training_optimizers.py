@@ -356,6 +356,11 @@ def test_what_is_left_alone_stays_where_its_gradient_is_zero(name: str) -> None:
         assert torch.equal(model.get_parameter(key), before[key]), key
 
 
+def test_a_model_of_nothing_but_norms_does_not_decay() -> None:
+    [group] = build_optimizer(settings_of("sgd", weight_decay=0.5), nn.BatchNorm2d(4), decay_norms=False).param_groups
+    assert group["weight_decay"] == 0
+
+
 def test_weight_decay_of_nothing_is_no_error() -> None:
     """So that a sweep over it may have zero among its values."""
     optimizer = build_optimizer(settings_of("sgd", weight_decay=0.0), net(), decay_norms=False)

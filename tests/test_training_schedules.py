@@ -126,6 +126,13 @@ TABLE = {
         {"warmup_epochs": 0.75, "every_epochs": 1},
         [0.25, 0.5, 0.75, 1, 0.1, 0.1, 0.1, 0.1, 0.01],
     ),
+    "step, dropped where the warm-up ends": (
+        schedules.step,
+        5,
+        4,
+        {"warmup_epochs": 1, "every_epochs": 1},
+        [0.2, 0.4, 0.6, 0.8, 0.1, 0.1],
+    ),
     # 0.3 of ten steps: 0, 1 and 2, the last at the peak; then seven steps from 2 to 9.
     "one cycle": (
         one_cycle,
