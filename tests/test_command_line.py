@@ -43,7 +43,7 @@ WRONG_REQUESTS = [  # what is typed, what the answer has to hold
     # Needed settings and groups taken out.
     ("~optimizer.lr", "'optimizer.lr' was taken out"),
     ("~epochs", "'epochs' was taken out"),
-    ("~optimizer", "optimizer has to be one of adam, adamw, rmsprop, sgd"),
+    ("~optimizer", "optimizer has to be one of adam, adamw, muon, nadam, rmsprop, sgd"),
     ("model=null", "model has to be one of cnn, mlp, resnet18"),
     ("optimizer=42", "optimizer has to be one of"),
     ("model=", "model"),

@@ -67,17 +67,18 @@ def test_a_model_and_a_dataset_are_dropped_in(tree: Path, process: Call) -> None
 
 
 def test_an_optimizer_a_schedule_and_a_loss_are_dropped_in(tree: Path, process: Call) -> None:
-    files = ("configs/optimizer/nadam.yaml", "configs/scheduler/step.yaml", "losses.py", "configs/criterion/poly1.yaml")
-    for file in files:
+    groups = ("configs/optimizer/adamax.yaml", "configs/scheduler/exponential.yaml", "configs/criterion/poly1.yaml")
+    for file in (*groups, "losses.py"):
+        assert not (tree / file).exists(), "the README adds what is there already"
         (tree / file).write_text(block(file))
-    command = re.search(r"`python train.py (optimizer=nadam .*?)`", README)
+    command = re.search(r"`python train.py (optimizer=adamax .*?)`", README)
     assert command is not None
-    arguments = (*command[1].split(), "scheduler.step_size=2", "epochs=4", "name=run")
+    arguments = (*command[1].split(), "scheduler.gamma=0.5", "epochs=4", "name=run")
     answer = process("train", *arguments, root=tree, cwd=tree)
     assert answer.code == 0, answer.err
     with (tree / "checkpoints/run/metrics.csv").open() as file:
         rates = [float(row["lr"]) for row in csv.DictReader(file)]
-    assert rates == pytest.approx([2e-3, 2e-3, 2e-4, 2e-4])
+    assert rates == pytest.approx([2e-3, 1e-3, 5e-4, 2.5e-4])
     assert float(re.findall(r"test +accuracy ([\d.]+)%", answer.out)[0]) > 80
     assert process("train", "criterion=poly1", "criterion.epsilon=-1", root=tree).error == (
         "criterion.epsilon=-1: expected a number >= 0"

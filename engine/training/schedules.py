@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch.optim import Optimizer
@@ -42,9 +42,13 @@ class Schedule:
         self.start(state["steps"])
 
 
+# `optimizer.lr` times a share, which is a function of the step (the number of steps done before it). Each takes the
+# optimizer, total_steps of the whole run and steps_per_epoch (both >= 1), then its settings, which its YAML explains.
+
+
 def constant(optimizer: Optimizer, total_steps: int, steps_per_epoch: int, warmup_epochs: float = 0) -> Schedule:
     """`optimizer.lr` throughout, after a linear rise over `warmup_epochs`."""
-    return cosine(optimizer, total_steps, steps_per_epoch, warmup_epochs, final=1.0)
+    return _warmed_up(optimizer, warmup_epochs * steps_per_epoch, lambda step: 1.0)
 
 
 def cosine(
@@ -55,14 +59,78 @@ def cosine(
     The learning rate first rises linearly over `warmup_epochs`, the cosine takes the steps that remain.
     """
     warmup = warmup_epochs * steps_per_epoch
+    return _warmed_up(optimizer, warmup, lambda step: _along_cosine(1.0, final, _way(step, warmup, total_steps)))
+
+
+def linear(
+    optimizer: Optimizer, total_steps: int, steps_per_epoch: int, warmup_epochs: float = 0, final: float = 0.0
+) -> Schedule:
+    """From `optimizer.lr` to `final` times it along a line, over the steps that remain after the warm-up."""
+    warmup = warmup_epochs * steps_per_epoch
+    return _warmed_up(optimizer, warmup, lambda step: final + (1 - final) * (1 - _way(step, warmup, total_steps)))
+
+
+def step(
+    optimizer: Optimizer,
+    total_steps: int,
+    steps_per_epoch: int,
+    warmup_epochs: float = 0,
+    every_epochs: float = 10,
+    milestones: Sequence[float] | None = None,
+    gamma: float = 0.1,
+) -> Schedule:
+    """`optimizer.lr` times `gamma` after every `every_epochs`, or at `milestones` in their place.
+
+    Both count epochs from the beginning of the run, its warm-up among them.
+    """
+
+    def drops(step: int) -> int:
+        epochs = (step + 1e-6) / steps_per_epoch  # a millionth of a step, as 0.3 / 0.1 is less than 3
+        return math.floor(epochs / every_epochs) if milestones is None else sum(m <= epochs for m in milestones)
+
+    return _warmed_up(optimizer, warmup_epochs * steps_per_epoch, lambda step: gamma ** drops(step))
+
+
+def one_cycle(
+    optimizer: Optimizer,
+    total_steps: int,
+    steps_per_epoch: int,
+    warmup_epochs: float | None = None,
+    rise: float = 0.3,
+    initial: float = 0.04,
+    final: float = 4e-6,
+) -> Schedule:
+    """Up from `initial` times `optimizer.lr` to the whole of it, then down to `final` times it at the last step.
+
+    The 1cycle policy (Smith and Topin, arXiv:1708.07120) in the shape in which it is used: two halves of cosines, not
+    three lines. The values are those of torch's OneCycleLR, whose `max_lr` is `optimizer.lr`; the momentum stays.
+
+    Args:
+        warmup_epochs: epochs of the rise, in place of its share in `rise`.
+        rise: share of the steps, 0 to 1; the last of them is the peak.
+    """
+    top = rise * total_steps - 1 if warmup_epochs is None else warmup_epochs * steps_per_epoch
 
     def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / (warmup + 1)
-        progress = min(1.0, (step - warmup) / max(1.0, total_steps - warmup))
-        return final + (1 - final) * (1 + math.cos(math.pi * progress)) / 2
+        if step < top:
+            return _along_cosine(initial, 1.0, step / top)
+        return _along_cosine(1.0, final, _way(step, max(top, 0.0), total_steps - 1))
 
     return Schedule(optimizer, factor)
+
+
+def _warmed_up(optimizer: Optimizer, warmup: float, factor: Callable[[int], float]) -> Schedule:
+    """`factor`, after a linear rise to `optimizer.lr` over so many steps."""
+    return Schedule(optimizer, lambda step: (step + 1) / (warmup + 1) if step < warmup else factor(step))
+
+
+def _way(step: int, start: float, end: float) -> float:
+    """The share of the way from `start` to `end` at a step from `start` on; 1 beyond the end."""
+    return min(1.0, (step - start) / max(1.0, end - start))
+
+
+def _along_cosine(start: float, end: float, way: float) -> float:
+    return end + (start - end) * (1 + math.cos(math.pi * way)) / 2
 
 
 class EveryEpoch:
