@@ -33,6 +33,7 @@ from engine.run.trackers import Trackers
 from engine.terminal import log, watched
 from engine.training.display import Bar, epoch_line
 from engine.training.metrics import Tally, accuracy, evaluate, loss_name
+from engine.training.optimizers import build_optimizer, shares
 from engine.training.schedules import build_schedule
 from engine.training.step import Step, choose_precision
 from engine.training.trial import to_device, try_step
@@ -61,7 +62,7 @@ def main(config: dict[str, Any]) -> float:
     criterion = to_device(build(config["criterion"], "criterion", class_counts=counts), device)
     trained_with = loss_name(criterion, config["dataset"]["target_transform"], batches["train"].mixing is not None)
     try_step(model, criterion, config["optimizer"], batches["train"], input_shape, len(classes), precision)
-    optimizer = build(config["optimizer"], "optimizer", model.parameters())
+    optimizer = build_optimizer(config["optimizer"], model, config["decay_norms"])
     schedule = build_schedule(config["scheduler"], optimizer, config["epochs"], steps)
     step = Step(
         model,
@@ -93,7 +94,7 @@ def main(config: dict[str, Any]) -> float:
     parts: dict[str, Any] = {"model": step.evaluated, "optimizer": optimizer, "scheduler": schedule, "step": step}
     parts |= {"tally": tally, "progress": progress, "random": RandomStates()}
     saver = Saver(directory, about, parts, **config["checkpoint"])
-    describe(config, model, splits, input_shape, device, precision, directory, trained_with)
+    describe(config, model, optimizer, splits, input_shape, device, precision, directory, trained_with)
     if config["resume"]:
         saver.restore(config["changed"], steps)
         runs.save_config(directory, config)
@@ -260,6 +261,7 @@ def summarise(progress: Progress, about: dict[str, Any], test_loss: float, test_
 def describe(
     config: dict[str, Any],
     model: nn.Module,
+    optimizer: Any,
     splits: dict[str, Split],
     input_shape: tuple[int, int, int],
     device: torch.device,
@@ -271,6 +273,8 @@ def describe(
     choices, sizes = config["choices"], ", ".join(f"{len(split):,} {name}" for name, split in splits.items())
     shape, num_classes = "x".join(map(str, input_shape)), splits["train"].num_classes
     log.info(f"model    {choices['model']}, {sum(p.numel() for p in model.parameters()):,} parameters")
+    if said := shares(optimizer):
+        log.info(f"updates  {said}")
     log.info(f"data     {choices['dataset']}, {sizes}, images {shape}, {num_classes} classes")
     name = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
     log.info(f"device   {device}{name}" + (f", {precision}" if config["precision"] != "fp32" else ""))

@@ -23,9 +23,10 @@ from engine.command.help import setting_rows
 from engine.command.typed import as_meant
 from engine.config import Setting, group_options
 
+MODELS = "cnn, fastnet, mlp, resnet18, resnet34, resnet50, vit"
 WRONG_REQUESTS = [  # what is typed, what the answer has to hold
     # Unknown options and settings, with the nearest valid ones.
-    ("model=mpl", "model=mpl: no such model (did you mean mlp?); there is cnn, mlp, resnet18"),
+    ("model=mpl", f"model=mpl: no such model (did you mean mlp?); there is {MODELS}"),
     ("dataset=fashion-mnist", "did you mean fashion_mnist"),
     ("experiment=tutoriel", "did you mean tutorial?"),
     ("debug=fst", "did you mean fast?"),
@@ -44,7 +45,7 @@ WRONG_REQUESTS = [  # what is typed, what the answer has to hold
     ("~optimizer.lr", "'optimizer.lr' was taken out"),
     ("~epochs", "'epochs' was taken out"),
     ("~optimizer", "optimizer has to be one of adam, adamw, muon, nadam, rmsprop, sgd"),
-    ("model=null", "model has to be one of cnn, mlp, resnet18"),
+    ("model=null", f"model has to be one of {MODELS}"),
     ("optimizer=42", "optimizer has to be one of"),
     ("model=", "model"),
     # Values of the wrong type or out of range: option, value and what is expected.

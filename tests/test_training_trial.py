@@ -42,7 +42,7 @@ def weighted(length):
 """
 YAML = {
     "model/plain": "_target_: own_models.Plain\nway: plain  # str: what goes wrong",
-    "model/vit": "_target_: torchvision.models.VisionTransformer\nimage_size: 224\npatch_size: 112\nnum_layers: 1\n"
+    "model/vit_224": "_target_: torchvision.models.VisionTransformer\nimage_size: 224\npatch_size: 112\nnum_layers: 1\n"
     "num_heads: 1\nhidden_dim: 8\nmlp_dim: 8",
     "criterion/squared": "_target_: torch.nn.MSELoss\nreduction: mean  # str: or none",
     "criterion/poisson": "_target_: torch.nn.PoissonNLLLoss\nfull: false",
@@ -81,7 +81,7 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
             ["dataset.target_transform=torch.nn.functional.gelu"],
             "dataset.target_transform of labels [12] raised TypeError",
         ),
-        (["model=vit"], "VisionTransformer does not take 1 image [1, 8, 8]: AssertionError: Wrong image height!"),
+        (["model=vit_224"], "VisionTransformer does not take 1 image [1, 8, 8]: AssertionError: Wrong image height!"),
         (["model=plain", "model.way=misspelt"], "Plain fails on 64 images [1, 8, 8]: NameError: .*(own_models.py:15)"),
         (["model=plain", "model.way=tuple"], "model Plain gives tuple for 64 images; expected [64, 10]"),
         (["model=plain", "model.way=allocates"], "out of memory with batch_size=64; try batch_size=32"),

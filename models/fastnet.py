@@ -1,0 +1,70 @@
+"""A convolutional network for fast training on small images, after the one of K. Jordan (arXiv:2404.00498)."""
+
+import torch
+from torch import Tensor, nn
+
+
+class FastNet(nn.Module):
+    """A 2x2 convolution, blocks of two 3x3 convolutions that halve the image, the maximum over places, a scaled head.
+
+    With widths of 64, 256 and 256 it has the shape of the paper's network for CIFAR-10. The paper sets the first layer
+    to the eigenvectors of the covariance of the training images' 2x2 patches and keeps it so ("whitening"); here it is
+    learned like the others, as a model knows the shape of the images only. The scale of batch normalisation, which
+    the paper keeps at 1, is learned too.
+
+    Args:
+        input_shape: (channels, height, width) of an image of at least 2x2 pixels.
+        num_classes: number of logits.
+        widths: channels of each block; a side that is down to one pixel is not halved any more.
+        logit_scale: factor on the logits; small, the first predictions are unsure and the head learns slowly.
+        norm_momentum: share that the newest batch has in the running mean and variance of batch normalisation, 0 to 1.
+
+    Raises:
+        ValueError: the images are smaller than 2x2 pixels, or there are no widths.
+    """
+
+    def __init__(
+        self,
+        input_shape: tuple[int, int, int],
+        num_classes: int,
+        widths: list[int],
+        logit_scale: float,
+        norm_momentum: float,
+    ) -> None:
+        super().__init__()
+        channels, height, width = input_shape
+        if min(height, width) < 2:
+            raise ValueError(f"images of {height}x{width} pixels are too small; expected at least 2x2")
+        if not widths:
+            raise ValueError("widths=[]: expected the channels of at least one block")
+        first = 2 * 4 * channels  # as many as a 2x2 patch has numbers, of both signs
+        layers: list[nn.Module] = [nn.Conv2d(channels, first, 2), nn.GELU()]
+        height, width = height - 1, width - 1
+        for wide_in, wide_out in zip([first, *widths], widths, strict=False):
+            halving = tuple(min(2, side) for side in (height, width))
+            height, width = height // halving[0], width // halving[1]
+            layers += [
+                _dirac_conv(wide_in, wide_out),
+                nn.MaxPool2d(halving),  # before the activation, of which there is then a quarter
+                nn.BatchNorm2d(wide_out, momentum=norm_momentum),
+                nn.GELU(),
+                _dirac_conv(wide_out, wide_out),
+                nn.BatchNorm2d(wide_out, momentum=norm_momentum),
+                nn.GELU(),
+            ]
+        self.features = nn.Sequential(*layers)
+        self.features.to(memory_format=torch.channels_last)  # faster, as in models/cnn.py
+        self.head = nn.Linear(widths[-1], num_classes, bias=False)
+        self.logit_scale = logit_scale
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits `[batch, num_classes]` of images `[batch, channels, height, width]`."""
+        features = self.features(images.to(memory_format=torch.channels_last))
+        return self.head(features.amax((2, 3))) * self.logit_scale
+
+
+def _dirac_conv(channels_in: int, channels_out: int) -> nn.Conv2d:
+    """A 3x3 convolution that at first passes its input on in its first channels; any others start at random."""
+    conv = nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=False)
+    nn.init.dirac_(conv.weight[:channels_in])
+    return conv
