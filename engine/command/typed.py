@@ -94,6 +94,11 @@ def given_twice(arguments: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(name for name in names if names.count(name) > 1))
 
 
+def added(overrides: Iterable[str]) -> list[str]:
+    """The names that are set with Hydra's `+` or `++`, which adds what no YAML has."""
+    return [override.partition("=")[0].lstrip("+") for override in overrides if override.startswith("+")]
+
+
 def _quoted_path(argument: str) -> str:
     """`checkpoint=a (1),b=2.pt` quoted as Hydra wants it, so that a path can be typed or completed as it is."""
     name, _, value = argument.partition("=")
