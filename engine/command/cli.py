@@ -187,6 +187,12 @@ def _without_hydra(config: DictConfig) -> DictConfig:
     return OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
 
 
+def _overrides(hydra_config: Any) -> list[str]:
+    """The command line as it was typed; an interpolation in it is not looked up."""
+    words: Any = OmegaConf.to_container(hydra_config.overrides.task, resolve=False)
+    return [str(word) for word in words]
+
+
 def _job(config: DictConfig) -> Any:
     """One job: check its configuration, import its entry point (and with it torch), run it."""
     terminal.guard()  # of a launcher's process, too
@@ -196,7 +202,7 @@ def _job(config: DictConfig) -> Any:
         checked = _checked(config)
         if "name" in checked:
             runs.check_name(checked)
-        for name in typed.given_twice(HydraConfig.get().overrides.task):
+        for name in typed.given_twice(_overrides(HydraConfig.get())):
             print(f"note: {printable(name)} is given twice, the last one counts", file=sys.stderr)
         return _main(checked)
     except RunError as error:
@@ -215,7 +221,7 @@ def _checked(config: DictConfig) -> dict[str, Any]:
     hydra_config = config.hydra if "hydra" in config else HydraConfig.get()
     directories = [Path(s.path) for s in hydra_config.runtime.config_sources if s.schema == "file" and s.path]
     entry = str(hydra_config.job.name)
-    overrides = hydra_config.overrides.task
+    overrides = _overrides(hydra_config)
     plain = check(
         _without_hydra(config), dict(hydra_config.runtime.choices), directories, entry, typed.added(overrides)
     )
@@ -232,7 +238,7 @@ def _main(config: dict[str, Any]) -> Any:
         return None
     try:
         program = importlib.import_module(HydraConfig.get().job.name)
-        words = [*HydraConfig.get().overrides.task, *json.loads(os.environ.get(OF_EXPERIMENT, "[]"))]
+        words = [*_overrides(HydraConfig.get()), *json.loads(os.environ.get(OF_EXPERIMENT, "[]"))]
         build.check_fit(config, typed.added(words), [word.partition("=")[0].lstrip("+") for word in words])
         return program.main(config)
     except BaseException as error:
