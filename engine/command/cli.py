@@ -97,6 +97,7 @@ def _as_hydra_wants_it(entry: str, arguments: list[str]) -> list[str]:
             raise RequestError(f"--{name.replace('_', '-')} {getattr(typed_options, name)!r}: cannot be set; {answer}")
     known = functools.cache(lambda: known_names(entry, arguments, directories))  # reads files, so only where it matters
     overrides = typed.as_meant(entry, overrides, known, group_options(directories))
+    overrides = [word for override in overrides for word in typed.removed(override, known)]
     if entry in ("evaluate", "predict"):
         overrides = _without_experiment(overrides)
     if entry == "evaluate" and not any(a.startswith("dataset=") for a in overrides):
