@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from engine import files
 from engine.data.batches import Batches
-from engine.data.devices import choose_device
+from engine.data.devices import choose_device, use_threads
 from engine.data.download import no_downloads
 from engine.data.splits import Split, load_splits
 from engine.data.transforms import parse_transforms
@@ -43,6 +43,7 @@ def main(config: dict[str, Any]) -> float:
     """
     # The checkpoint, the data that it names or that was asked for, and the model.
     device, name = choose_device(config["device"]), config["split"]
+    use_threads(config["num_threads"])
     path = Path(config["checkpoint"]) if config["checkpoint"] else runs.newest_best()
     saved = checkpoint.read(path)
     output = Path(config["output"]) if config["output"] else path.parent / f"{evaluation.EVALUATION[name]}.json"

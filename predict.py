@@ -29,7 +29,7 @@ from tqdm import tqdm
 from engine import files
 from engine.data.augment import Normalize, Resize, to_float
 from engine.data.batches import Batches
-from engine.data.devices import choose_device
+from engine.data.devices import choose_device, use_threads
 from engine.data.download import no_downloads
 from engine.data.draws import Draws, own_randomness
 from engine.data.folders import is_leftover
@@ -54,6 +54,7 @@ def main(config: dict[str, Any]) -> None:
     """
     # What is asked for.
     device = choose_device(config["device"])
+    use_threads(config["num_threads"])
     output = Path(config["output"]) if config["output"] else None
     check_output(output)
     paths, problems = find_images(config["images"])

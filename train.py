@@ -21,7 +21,7 @@ from torch import nn
 from engine import files
 from engine.build import build
 from engine.data.batches import Batches
-from engine.data.devices import choose_device
+from engine.data.devices import choose_device, use_threads
 from engine.data.mixing import Mixing
 from engine.data.splits import Split, class_counts, fingerprint, load_splits
 from engine.errors import RequestError
@@ -47,7 +47,7 @@ def main(config: dict[str, Any]) -> float:
     """
     # Data.
     runs.check_name(config)
-    device = prepare_device(config["device"], config["deterministic"])
+    device = prepare_device(config["device"], config["deterministic"], config["num_threads"])
     splits, classes = load_splits(config["dataset"])
     patience = config["early_stopping"]["patience"]
     check_early_stopping(patience, splits)
@@ -161,8 +161,8 @@ def train_epoch(batches: Batches, criterion: nn.Module, step: Step, saver: Saver
     bar.close()
 
 
-def prepare_device(name: str, deterministic: bool) -> torch.device:
-    """The device of a run, with PyTorch's deterministic algorithms only where that is asked for."""
+def prepare_device(name: str, deterministic: bool, num_threads: int | None) -> torch.device:
+    """The device of a run, with so many threads on the CPU, and deterministic algorithms only where that is asked."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # as torchrun sets it; every process would train a run of its own
         raise RequestError(
             f"started as {os.environ['WORLD_SIZE']} processes; a run is one process, start it without torchrun"
@@ -171,6 +171,7 @@ def prepare_device(name: str, deterministic: bool) -> torch.device:
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS wants it before its first use
     torch.use_deterministic_algorithms(deterministic)
+    use_threads(num_threads)
     return device
 
 

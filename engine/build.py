@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
-from engine.errors import RequestError, RunError, cause, did_you_mean, one_line
+from engine.errors import RequestError, RunError, cause, did_you_mean, one_line, shortened
 
 
 def locate(target: str, option: str) -> Any:
@@ -36,6 +36,100 @@ def locate(target: str, option: str) -> Any:
     raise RequestError(f"{option}={target}: no such module; expected a dotted name such as models.mlp.MLP")
 
 
+# What the program hands to what it builds: so many arguments by position, and those of these names that it takes.
+GIVEN: dict[str, tuple[int, tuple[str, ...]]] = {
+    "dataset": (0, ()),
+    "model": (0, ("input_shape", "num_classes")),
+    "criterion": (0, ("class_counts",)),
+    "optimizer": (1, ()),
+    "scheduler": (1, ("total_steps", "steps_per_epoch")),
+}
+
+
+def check_fit(config: dict[str, Any], added: Collection[str], typed: Collection[str]) -> None:
+    """Hold the settings of every group against the signature of what it builds, before anything is read or made.
+
+    Args:
+        config: the checked configuration.
+        added: dotted names of keywords that no YAML has.
+        typed: dotted names of the settings on the command line.
+
+    Raises:
+        RequestError: a keyword that is not taken, naming the nearest, or a setting that is missing.
+    """
+    for group, (count, names) in GIVEN.items():
+        settings = config.get(group)
+        if not isinstance(settings, dict) or "_target_" not in settings:
+            continue
+        callee = _callee(settings, group)
+        for key in settings:
+            if f"{group}.{key}" in added and (told := refusal(callee, group, key)):
+                raise RequestError(f"{group}: {settings['_target_']} {told}")
+        if group != "dataset":  # some of whose settings are for others
+            way_out = f"{group}._target_" in typed
+            _fitting(callee, settings, group, [None] * count, dict.fromkeys(names), way_out)
+
+
+def refusal(callee: Callable[..., Any], group: str, key: str) -> str:
+    """Why a keyword cannot be handed to what a group builds (`takes no 'amsgard' ...`), or an empty text."""
+    signature = _signature(callee)
+    if signature is None:
+        return ""
+    count, names = GIVEN[group]
+    parameters = list(signature.parameters.values())
+    by_name = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    by_position = [p.name for p in parameters[:count] if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    given = [*by_position, *(name for name in names if name in by_name or name == "num_classes")]
+    if key in given:
+        return f"gets {key!r} from the program; leave it out"
+    if key in by_name or any(p.kind == p.VAR_KEYWORD for p in parameters):
+        return ""
+    takes = [name for name in by_name if name not in given]
+    return f"takes no {shortened(key)!r}" + (did_you_mean(key, takes) or f"; it takes {', '.join(takes) or 'none'}")
+
+
+def _callee(settings: dict[str, Any], group: str) -> Callable[..., Any]:
+    callee = locate(str(settings["_target_"]), f"{group}._target_")
+    if not callable(callee):
+        raise RequestError(f"{group}._target_={settings['_target_']}: expected a class or function")
+    return callee
+
+
+def _signature(callee: Callable[..., Any]) -> inspect.Signature | None:
+    """None where Python cannot tell, as for some that are written in C."""
+    try:
+        return inspect.signature(callee)
+    except (TypeError, ValueError):
+        return None
+
+
+def _fitting(
+    callee: Callable[..., Any],
+    settings: dict[str, Any],
+    group: str,
+    arguments: Sequence[Any],
+    given: dict[str, Any],
+    way_out: bool = False,
+) -> dict[str, Any]:
+    """What of `given` is taken by name; RequestError where that and the settings are not what a call takes.
+
+    With `way_out` the line says how settings of the YAML are taken out, as a `_target_` that was typed may want it.
+    """
+    signature = _signature(callee)
+    if signature is None:
+        return given
+    name, own = settings["_target_"], {key: value for key, value in settings.items() if key != "_target_"}
+    given = {key: value for key, value in given.items() if key in signature.parameters or key == "num_classes"}
+    if way_out and (unknown := [key for key in own if refusal(callee, group, key)]):
+        out = " ".join(f"~{group}.{key}" for key in unknown)
+        raise RequestError(f"{group}: {name} takes no {', '.join(unknown)}; take out what it does not take: {out}")
+    try:
+        signature.bind(*arguments, **given, **own)
+    except TypeError as error:
+        raise RequestError(f"{group}: {name} does not fit its YAML: {one_line(error)}") from None
+    return given
+
+
 def build(
     settings: dict[str, Any], group: str, *arguments: Any, target: Callable[..., Any] | None = None, **given: Any
 ) -> Any:
@@ -53,22 +147,9 @@ def build(
     """
     if "_target_" not in settings:
         raise RequestError(f"{group}: names nothing to build; expected `_target_: ` and a class or function")
-    callee = target or locate(str(settings["_target_"]), f"{group}._target_")
-    if not callable(callee):
-        raise RequestError(f"{group}._target_={settings['_target_']}: expected a class or function")
+    callee, name = target or _callee(settings, group), settings["_target_"]
+    given = _fitting(callee, settings, group, arguments, given)
     own = {key: value for key, value in settings.items() if key != "_target_"}
-    name = settings["_target_"]
-    try:
-        signature = inspect.signature(callee)
-    except (TypeError, ValueError):
-        signature = None
-    if signature:
-        takes = set(signature.parameters)
-        given = {key: value for key, value in given.items() if key in takes or key == "num_classes"}
-        try:
-            signature.bind(*arguments, **given, **own)
-        except TypeError as error:
-            raise RequestError(f"{group}: {name} does not fit its YAML: {one_line(error)}") from None
     try:
         return callee(*arguments, **given, **own)
     except RunError:

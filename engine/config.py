@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Collection, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -237,7 +237,9 @@ def group_options(directories: Iterable[Path] = (CONFIGS,)) -> dict[str, list[st
 # Checking
 
 
-def check(config: DictConfig, choices: dict[str, Any], directories: Sequence[Path], entry: str) -> dict[str, Any]:
+def check(
+    config: DictConfig, choices: dict[str, Any], directories: Sequence[Path], entry: str, added: Collection[str] = ()
+) -> dict[str, Any]:
     """The composed configuration as plain resolved data, after every setting was found known and its value valid.
 
     Args:
@@ -245,6 +247,8 @@ def check(config: DictConfig, choices: dict[str, Any], directories: Sequence[Pat
         choices: the option chosen of every group.
         directories: where YAML files are looked for, the first one wins.
         entry: the name of the entry point and of its YAML (`train`).
+        added: names typed with Hydra's `+`: of a group that is built they may be any keyword of what its `_target_`
+            names, whose signature `engine.build.check_fit` reads once torch is there.
 
     Raises:
         RequestError: an unknown or missing setting, or a value of the wrong type or out of its range.
@@ -265,17 +269,28 @@ def check(config: DictConfig, choices: dict[str, Any], directories: Sequence[Pat
             file = find_yaml(directories, f"{group}/{choices[group]}")
             raise RequestError(f"{file}: names nothing to build; expected `_target_: ` and a class or function")
 
-    values = dict(leaves(plain, known))
+    chosen = [group for group in BUILT_GROUPS if choices.get(group) is not None]
+    moved = [  # to another `_target_` than their YAML's, which has settings of its own; a data set's are not only its
+        group
+        for group in chosen
+        if group != "dataset" and plain[group].get("_target_") != known[f"{group}._target_"].default
+    ]
+    keywords = {name for name in added if is_keyword(name) and name.partition(".")[0] in chosen}
+    keywords = {name for name in keywords if name not in known or name.partition(".")[0] in moved}
+    values = dict(leaves(plain, {*known, *keywords}))
     for name, value in values.items():
         if entry == "evaluate" and name.startswith("dataset.") and choices.get("dataset") is None:
             continue  # belongs to the dataset that the checkpoint names, and is checked against that
         if value == "???" and plain.get("resume"):
             continue  # the run that is resumed has it
+        if name in keywords:
+            check_keyword(name, value)
+            continue
         check_value(name, value, known)
         if known[name].kind == "str" and isinstance(value, (int, float)):
             put(plain, name, str(value))  # name=123 is text that looks like a number
     for name in known:
-        if name not in values:
+        if name not in values and name.partition(".")[0] not in moved:
             raise RequestError(f"the setting {name!r} was taken out (~{name}); it is needed, set it to a value instead")
     return {**plain, "choices": choices}
 
@@ -297,6 +312,29 @@ def check_value(name: str, value: Any, known: dict[str, Setting]) -> None:
         raise RequestError(f"{typed}: expected {setting.expected}{why}")
     if trouble := _trouble_of(value):
         raise RequestError(f"{typed}: {trouble}")
+
+
+def is_keyword(name: str) -> bool:
+    """Whether a dotted name can be a keyword of what a group builds: `optimizer.amsgrad`, but not `model._target_`."""
+    group, _, keyword = name.partition(".")
+    return group in BUILT_GROUPS and re.fullmatch(r"[A-Za-z]\w*", keyword, re.ASCII) is not None
+
+
+def check_keyword(name: str, value: Any) -> None:
+    """Raise a RequestError unless `value`, of a keyword that no YAML describes, is plain data that a run can keep."""
+    if not _is_plain(value):
+        typed = shortened(as_typed(value))
+        raise RequestError(f"{name}={typed}: expected a finite number, text, true, false, null or a list of these")
+    if trouble := _trouble_of(value):
+        raise RequestError(f"{name}={shortened(as_typed(value))}: {trouble}")
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list):
+        return all(map(_is_plain, value))
+    if isinstance(value, str):
+        return value != "???" and "${" not in value  # a run's files hold no interpolation
+    return value is None or isinstance(value, (bool, int)) or (isinstance(value, float) and math.isfinite(value))
 
 
 def _limit_below(number: int | float) -> str:
@@ -341,6 +379,9 @@ def no_such_setting(name: str, known: Iterable[str]) -> str:
     else:
         near = did_you_mean(name, known)
     there_are = f"{group} has {', '.join(siblings)}" if siblings and not near else "--help lists them all"
+    if siblings and is_keyword(name):
+        there_are = there_are if not near else ""
+        there_are += "; " * bool(there_are) + f"+{shortened(name)}=... adds a keyword of its class"
     return f"there is no setting {shortened(name)!r}{near}; {there_are}"
 
 

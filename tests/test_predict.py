@@ -55,7 +55,7 @@ def call(capsys: pytest.CaptureFixture[str]) -> Any:
         error = None
         capsys.readouterr()
         try:
-            predict.main({**defaults, "num_workers": 0, **settings})
+            predict.main({**defaults, "num_workers": 0, "num_threads": None, **settings})
         except RunError as raised:
             error = raised
         out, err = capsys.readouterr()

@@ -22,7 +22,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from engine import terminal
+from engine import build, terminal
 from engine.command import resume, sweep, typed
 from engine.command.help import directories_of, explained, help_text, known_names
 from engine.config import CONFIGS, RUNS, check, group_options
@@ -97,6 +97,7 @@ def _as_hydra_wants_it(entry: str, arguments: list[str]) -> list[str]:
             raise RequestError(f"--{name.replace('_', '-')} {getattr(typed_options, name)!r}: cannot be set; {answer}")
     known = functools.cache(lambda: known_names(entry, arguments, directories))  # reads files, so only where it matters
     overrides = typed.as_meant(entry, overrides, known, group_options(directories))
+    overrides = [word for override in overrides for word in typed.removed(override, known)]
     if entry in ("evaluate", "predict"):
         overrides = _without_experiment(overrides)
     if entry == "evaluate" and not any(a.startswith("dataset=") for a in overrides):
@@ -176,7 +177,8 @@ def _of_training(plain: dict[str, Any], words: list[str], directories: Sequence[
         composed = GlobalHydra.instance().config_loader().load_configuration("train", words, RunMode.RUN)
     except Exception as error:  # Hydra, OmegaConf and PyYAML each raise their own
         raise RequestError(explained(error, [*words, *sys.argv[1:]], "train")) from None
-    found = check(_without_hydra(composed), dict(composed.hydra.runtime.choices), directories, "train")
+    chosen, added = dict(composed.hydra.runtime.choices), typed.added(words)
+    found = check(_without_hydra(composed), chosen, directories, "train", added)
     groups = ("model", "dataset", "experiment")
     choices = {**plain["choices"], **{group: found["choices"][group] for group in groups}}
     return {**plain, "model": found["model"], "dataset": found["dataset"], "choices": choices}
@@ -184,6 +186,12 @@ def _of_training(plain: dict[str, Any], words: list[str], directories: Sequence[
 
 def _without_hydra(config: DictConfig) -> DictConfig:
     return OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+
+
+def _overrides(hydra_config: Any) -> list[str]:
+    """The command line as it was typed; an interpolation in it is not looked up."""
+    words: Any = OmegaConf.to_container(hydra_config.overrides.task, resolve=False)
+    return [str(word) for word in words]
 
 
 def _job(config: DictConfig) -> Any:
@@ -195,7 +203,7 @@ def _job(config: DictConfig) -> Any:
         checked = _checked(config)
         if "name" in checked:
             runs.check_name(checked)
-        for name in typed.given_twice(HydraConfig.get().overrides.task):
+        for name in typed.given_twice(_overrides(HydraConfig.get())):
             print(f"note: {printable(name)} is given twice, the last one counts", file=sys.stderr)
         return _main(checked)
     except RunError as error:
@@ -214,11 +222,14 @@ def _checked(config: DictConfig) -> dict[str, Any]:
     hydra_config = config.hydra if "hydra" in config else HydraConfig.get()
     directories = [Path(s.path) for s in hydra_config.runtime.config_sources if s.schema == "file" and s.path]
     entry = str(hydra_config.job.name)
-    plain = check(_without_hydra(config), dict(hydra_config.runtime.choices), directories, entry)
+    overrides = _overrides(hydra_config)
+    plain = check(
+        _without_hydra(config), dict(hydra_config.runtime.choices), directories, entry, typed.added(overrides)
+    )
     trackers.check_installed(plain["choices"].get("logger") or [])
     if entry in ("evaluate", "predict") and (words := json.loads(os.environ.get(OF_EXPERIMENT, "[]"))):
         plain = _of_training(plain, words, directories)
-    return resume.adopt(plain, hydra_config.overrides.task, directories) if plain.get("resume") else plain
+    return resume.adopt(plain, overrides, directories) if plain.get("resume") else plain
 
 
 def _main(config: dict[str, Any]) -> Any:
@@ -227,7 +238,10 @@ def _main(config: dict[str, Any]) -> Any:
         print(told)
         return None
     try:
-        return importlib.import_module(HydraConfig.get().job.name).main(config)
+        program = importlib.import_module(HydraConfig.get().job.name)
+        words = [*_overrides(HydraConfig.get()), *json.loads(os.environ.get(OF_EXPERIMENT, "[]"))]
+        build.check_fit(config, typed.added(words), [word.partition("=")[0].lstrip("+") for word in words])
+        return program.main(config)
     except BaseException as error:
         runs.abandon(error)
         raise

@@ -17,7 +17,7 @@ FREE = (
     "hparams_search",
 )  # fmt: skip
 
-ELSEWHERE = "paths, addresses and names are not taken from a run that was made elsewhere"
+ELSEWHERE = "paths, addresses, names and added keywords are not taken from a run that was made elsewhere"
 
 
 def choices_of_run(arguments: list[str], directories: Sequence[Path]) -> list[str]:
@@ -90,12 +90,19 @@ def adopt(config: dict[str, Any], overrides: Iterable[str], directories: Sequenc
 
     groups = [group for group in groups if group not in FREE]
     changed = [f"{group} {own_choices.get(group)} -> {choices[group]}" for group in groups]
-    differing = [name for name in sorted(before.keys() | after.keys()) if before.get(name) != after.get(name)]
+    absent = object()
+
+    def value_of(values: dict[str, Any], name: str) -> Any:  # null where the file is older than the setting
+        return values.get(name, None if name in known else absent)
+
+    names = sorted(before.keys() | after.keys())
+    differing = [name for name in names if value_of(before, name) != value_of(after, name)]
     not_free = [name for name in differing if name.split(".")[0] not in (*FREE, *groups)]
     changed += [f"{name} {_brief(before, name)} -> {_brief(after, name)}" for name in not_free]
-    from_file = [text for text in left if text.partition("=")[0] in not_free]
+    from_file = [text for text in left if text.partition("=")[0].lstrip("+~") in not_free]
     if changed and not config["resume_changed"]:
-        way_out = f"say {' '.join(from_file)} ({ELSEWHERE})" if from_file else "leave them out"
+        why = "what builds a group is not taken from a file" if ours else ELSEWHERE
+        way_out = f"say {' '.join(from_file)} ({why})" if from_file else "leave them out"
         raise RequestError(
             f"{directory} was started with other settings: {shortened(', '.join(changed), 600)}; {way_out}, "
             "or accept with resume_changed=true that the result is no longer that of one run"

@@ -109,9 +109,9 @@ def start(config: DictConfig, check: Callable[[DictConfig], Any]) -> None:
     choices: dict[str, list[str]] = {}  # of each setting its values; the last time that it is typed counts
     for override in overrides:
         key = str(override.get_key_element())
-        values = _values(override) if override.is_sweep_override() else [override.get_value_element_as_str()]
-        choices[key] = [f"{key}={value}" for value in values]
-    swept = {str(override.get_key_element()) for override in overrides if override.is_sweep_override()}
+        swept_values = _values(override) if override.is_sweep_override() else None
+        choices[key] = [str(override.input_line)] if swept_values is None else [f"{key}={v}" for v in swept_values]
+    swept = {str(override.get_key_element()).lstrip("+") for override in overrides if override.is_sweep_override()}
     if "name" in swept:
         raise RequestError("name: names the whole sweep, so it cannot be swept; the runs are named by what differs")
     optuna = str(config.hydra.sweeper._target_).endswith("OptunaSweeper")

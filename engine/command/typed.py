@@ -90,8 +90,20 @@ def _for_hydra(value: Any) -> str:
 
 def given_twice(arguments: Iterable[str]) -> list[str]:
     """The names that are set more than once; the last one counts."""
-    names = [argument.partition("=")[0].lstrip("+~") for argument in arguments]
+    names = [argument.partition("=")[0].lstrip("+") for argument in arguments if not argument.startswith("~")]
     return list(dict.fromkeys(name for name in names if names.count(name) > 1))
+
+
+def added(overrides: Iterable[str]) -> list[str]:
+    """The names that are set with Hydra's `+` or `++`, which adds what no YAML has."""
+    return [override.partition("=")[0].lstrip("+") for override in overrides if override.startswith("+")]
+
+
+def removed(override: str, known: Callable[[], dict[str, Any]]) -> list[str]:
+    """`~model.small_images` as Hydra wants it, which finds nothing to take out where the value is null."""
+    name = override[1:]
+    setting = known().get(name) if override.startswith("~") and "." in name else None
+    return [f"{name}=0", override] if setting is not None and setting.default is None else [override]
 
 
 def _quoted_path(argument: str) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterable, Iterator
 from functools import cache
 from typing import Any
@@ -10,7 +12,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from engine.errors import RequestError
+from engine.errors import RequestError, counted
 
 
 def choose_device(name: str) -> torch.device:
@@ -25,6 +27,19 @@ def choose_device(name: str) -> torch.device:
     if name != "cpu" and name not in found and not (name == "cuda" and found and found[0].startswith("cuda")):
         raise RequestError(f"device={name}: not on this machine; there is {', '.join([*found, 'cpu', 'auto'])}")
     return torch.device(name)
+
+
+_OWN_THREADS = torch.get_num_threads()  # PyTorch's choice, before a job of a sweep may have set another
+
+
+def use_threads(number: int | None) -> None:
+    """Let PyTorch's arithmetic on the CPU use so many threads; None is its own choice. More than cores is told."""
+    number = _OWN_THREADS if number is None else number
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if number > max(cores, _OWN_THREADS):
+        print(f"note: num_threads={number}: more than the {counted(cores, 'core')} to be had", file=sys.stderr)
+    if number != torch.get_num_threads():
+        torch.set_num_threads(number)
 
 
 _placed: WeakValueDictionary[tuple[int, torch.device], Tensor] = WeakValueDictionary()  # in use on a device

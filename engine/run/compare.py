@@ -176,7 +176,7 @@ def differing(rows: Sequence[Row]) -> list[str]:
     """The groups and settings that are not the same in all rows.
 
     A group's settings are compared between runs that chose the same option: that a CNN has a width and an MLP has
-    none is said by the column `model`.
+    none is said by the column `model`. A keyword that was added to some of them is no setting of the others.
     """
     rows = [row for row in rows if "model" in row]  # a damaged one may tell nothing of its settings
     names = dict.fromkeys(key for row in rows for key in row if key not in NOT_SETTINGS)
@@ -184,8 +184,11 @@ def differing(rows: Sequence[Row]) -> list[str]:
     for name in names:
         group, dot, _ = name.partition(".")
         values = {(str(row.get(group)) if dot else "", repr(row[name])) for row in rows if name in row}
-        some_lack = not dot and name not in ALWAYS and any(name not in row for row in rows)  # as of an experiment
-        if some_lack or len(values) > len({option for option, _ in values}):
+        options = {option for option, _ in values}
+        some_lack = name not in ALWAYS and any(  # as of an experiment
+            name not in row and (not dot or (group in row and str(row[group]) in options)) for row in rows
+        )
+        if some_lack or len(values) > len(options):
             found.append(name)
     return found
 

@@ -4,6 +4,7 @@ A file is data. What it names is looked up in what is here, and nowhere else:
 
     an option of a group   in configs/; it is built by the `_target_` that the YAML here gives
     a model without YAML   a class that a file of models/ defines, or a classification model of torchvision
+    an added keyword       of such a model only: plain data that its own signature takes, named in no YAML
     a value                held against the YAML here as if it were typed, and taken if it is a number, true, false,
                            null, one of the texts that the YAML lists, or (but for a data set) a plain word
     transforms             lists of names and plain arguments; `engine.data.transforms.parse_transforms` knows the names
@@ -33,16 +34,19 @@ from pathlib import Path
 from typing import Any
 
 from engine import files
-from engine.build import locate
+from engine.build import locate, refusal
 from engine.config import (
     CONFIGS,
     ROOT,
     Setting,
     as_typed,
+    check_keyword,
     check_value,
     find_yaml,
     group_options,
+    is_keyword,
     leaves,
+    no_such_setting,
     put,
     read_settings,
 )
@@ -190,16 +194,21 @@ def settings_of(
     typed = {f"{group}.{name}": value for name, value in (typed or {}).items()}
     own = dict(leaves(config[group], known or {}, f"{group}."))
     result = {name: setting.default for name, setting in (known or {}).items()}
-    known = known or {name: Setting(name, None, "any", "", True, "") for name in {**own, **typed}}
+    known = known or {name: _any(name) for name in {**own, **typed}}
     refused = []
     for name, value in {**own, **typed}.items():
         if name.endswith("._target_"):
             continue
         try:
-            check_value(name, value, known)
+            if is_added := name not in known and is_keyword(name):
+                _check_added(name, value, target, known, is_typed=name in typed)
+            else:
+                check_value(name, value, known)
         except RequestError as error:
             raise error if name in typed else RequestError(f"{where}: {error}") from None
-        if name in typed or ours or is_data(known[name], value):
+        setting = _any(name) if is_added else known[name]
+        may = is_model_here(config[group].get("_target_"), where) if is_added and group == "model" else not is_added
+        if name in typed or ours or (may and is_data(setting, value)):
             result[name] = value
         elif name not in result or result[name] == "???":
             refused.append(f"{name}={_brief(value)}")
@@ -214,6 +223,25 @@ def settings_of(
     for name, value in result.items():
         put(built, name, value)
     return target, built[group]
+
+
+def _any(name: str) -> Setting:
+    return Setting(name, None, "any", "", True, "")
+
+
+def _check_added(name: str, value: Any, target: Any, known: Iterable[str], *, is_typed: bool) -> None:
+    """Raise a RequestError unless a name that no YAML has is a keyword of what is built, and its value plain data."""
+    group, _, keyword = name.partition(".")
+    if told := refusal(target, group, keyword):
+        raise RequestError(no_such_setting(name, known) if is_typed else f"its {group} {told}")
+    check_keyword(name, value)
+
+
+def is_model_here(name: Any, where: Path) -> bool:
+    """Whether a dotted name means a model that could be built without YAML, whatever keywords it gets."""
+    if not isinstance(name, str):
+        return False
+    return (_class_of_models(name, where) or _classifier_of_torchvision(name)) is not None
 
 
 def evaluation_of(
@@ -267,6 +295,8 @@ def is_data(setting: Setting, value: Any) -> bool:
         return value <= setting.default  # less than here does no harm
     if any(setting.name == name or setting.name.startswith(f"{name}.") for name in NEVER):
         return False
+    if setting.name == "num_threads" and value is not None:
+        return value <= len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else value <= 1
     if setting.name in LISTS_OF_TEXT:
         return _is_small(value, text=re.compile(r".{0,200}", re.DOTALL))
     if setting.rule.startswith("one of "):
@@ -382,18 +412,32 @@ def taken_over(
         known: the settings that there are.
         ours: whether the run's configuration was typed here.
 
+    Keywords that the run's command line added are taken where it was typed here, as what builds their group is not
+    known without torch. Another `_target_` than the YAML's is never taken.
+
     Returns:
-        the values, and what differs but is not taken from a file, `name=value`.
+        the values, and what differs but is not taken from a file, as it is typed: `name=value`.
 
     Raises:
         RequestError: a value is not valid.
     """
     typed = tuple(typed)
-    before = dict(leaves(own, known))
+    before, now = dict(leaves(own, known)), dict(leaves(here, known))
     taken, left = {}, []
-    for name, value in leaves(here, known):
-        is_typed = any(name == other or name.startswith(f"{other}.") for other in typed)
-        if is_typed or name not in before or name.endswith("_target_") or before[name] == value:
+
+    def is_typed(name: str) -> bool:
+        return any(name == other or name.startswith(f"{other}.") for other in typed)
+
+    def is_moved(name: str) -> bool:
+        target = f"{name.partition('.')[0]}._target_"
+        return before.get(target) != now.get(target) and not is_typed(target)
+
+    for name, value in now.items():
+        if ours and is_moved(name) and name.endswith("_target_") and name in before:
+            left.append(f"{name}={_brief(before[name])}")
+        if ours and is_moved(name) and name not in before:
+            left.append(f"~{name}")
+        if is_typed(name) or name not in before or name.endswith("_target_") or before[name] == value:
             continue
         try:
             check_value(name, before[name], known)
@@ -403,4 +447,15 @@ def taken_over(
             taken[name] = before[name]
         else:
             left.append(f"{name}={_brief(before[name])}")
+    for name in before:
+        if name in known or name in now or not is_keyword(name) or is_typed(name):
+            continue
+        try:
+            check_keyword(name, before[name])
+        except RequestError as error:
+            raise RequestError(f"{where}: {error}") from None
+        if ours and not is_moved(name):
+            taken[name] = before[name]
+        else:
+            left.append(f"+{name}={_brief(before[name])}")
     return taken, left
