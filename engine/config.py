@@ -70,6 +70,7 @@ _KINDS: dict[str, tuple[str, Any]] = {  # of a value that is no list, or of any 
     "str": ("text", (str, int, float)),
     "list": ("a list", list),
     "str or list of str": ("text or a list of texts", (str, int, float, list)),
+    "str or list of float": ("text or a list of numbers", (str, list)),
     "any": ("a value", object),
 }
 
@@ -107,6 +108,8 @@ class Setting:
         """Whether `value` is of this setting's type and in its range."""
         if value is None:
             return self.nullable
+        if self.kind == "str or list of float":
+            return isinstance(value, str) or replace(self, kind="list of float").accepts(value)
         if self.kind == "str or list of str":
             texts = value if isinstance(value, list) else [value]
             return all(isinstance(text, (str, int, float)) and not isinstance(text, bool) for text in texts)
@@ -128,7 +131,7 @@ class Setting:
 
 
 _COMMENT = re.compile(
-    r"(?P<kind>int|float|bool|str or list of str|str|list(?: of (?:\d+ )?(?:int|float|str))?)"
+    r"(?P<kind>int|float|bool|str or list of (?:str|float)|str|list(?: of (?:\d+ )?(?:int|float|str))?)"
     r"(?P<rule> (?:>=|>|in|one of) ?[^:]*?)?(?P<null> or null)?: (?P<meaning>.+)"
 )
 

@@ -88,7 +88,7 @@ def kept(tmp_path: Path, name: str) -> dict[str, Any]:
         ("+scheduler.total_steps=3", "engine.training.schedules.cosine gets 'total_steps' from the program"),
         ("+scheduler.optimizer=3", "gets 'optimizer' from the program"),
         ("+dataset.copies=3", "dataset: datasets.digits takes no 'copies'; it takes none"),
-        ("+criterion.weight=[1,2]", "criterion: torch.nn.CrossEntropyLoss refuses its settings"),
+        ("+criterion.reduction=none", "criterion: engine.training.losses.cross_entropy refuses its settings"),
         ("+optimizer.dampening={a:1}", "expected a finite number, text, true, false, null or a list of these"),
         ("+optimizer.dampening=[[1],{a:1}]", "expected a finite number, text, true, false, null or a list of these"),
         ("+optimizer.dampening={}", "expected a finite number, text, true, false, null or a list of these"),

@@ -535,7 +535,7 @@ def test_a_list_of_transforms_is_typed_as_a_yaml_file_has_it(typed: str, meant: 
 
 
 def test_an_option_that_is_not_there_says_where_others_go(call: Call) -> None:
-    assert call("train", "criterion=mse").error.endswith("another one is a YAML file in configs/criterion/")
+    assert call("train", "criterion=hinge").error.endswith("another one is a YAML file in configs/criterion/")
     assert call("train", "dataset=../flat").error.startswith("dataset=../flat: no such dataset")
     assert call("train", "model=NaN").error.startswith("model has to be one of")
     assert call("evaluate", "--help", "dataset").out.startswith("usage: python evaluate.py")

@@ -223,10 +223,10 @@ def test_an_option_that_is_the_runs_already_keeps_the_runs_values() -> None:
 
 
 def test_what_was_added_since_or_taken_out_counts_as_changed_and_is_named(own: Config) -> None:
-    own["optimizer"]["lost"] = 1
+    own["lost"] = 1
     del own["drop_last"]
     write(own)
-    assert "other settings: drop_last none -> false, optimizer.lost 1 -> none; leave" in refused()
+    assert "other settings: drop_last none -> false, lost 1 -> none; leave" in refused()
 
 
 @pytest.mark.usefixtures("own")
@@ -247,10 +247,10 @@ def test_long_values_and_lists_are_cut_in_the_middle(own: Config) -> None:
     before, _, after = refused("model.hidden=[9]").partition("model.hidden ")[2].partition(" -> ")
     assert before.startswith("[7, 7") and before.endswith("7, 7]") and len(before) == 60 and after.startswith("[9]; ")
     lost = {f"lost{number:03}": number for number in range(100)}
-    own["optimizer"] |= lost
+    own |= lost
     write(own)
     listed = refused().partition("other settings: ")[2].partition("; leave them out, or accept")[0]
-    assert listed.startswith("optimizer.lost000 0 -> none, ") and listed.endswith(", optimizer.lost099 99 -> none")
+    assert listed.startswith("lost000 0 -> none, ") and listed.endswith(", lost099 99 -> none")
     assert len(listed) == 600
 
 
@@ -288,7 +288,7 @@ def test_a_path_is_taken_from_a_run_that_was_made_here_and_asked_for_else(
     result = resumed()
     assert result["dataset"]["root"] == "photos" and result["device"] == "cpu" and result["changed"] == []
     write(photos, ours=False)
-    elsewhere = "paths, addresses and names are not taken from a run that was made elsewhere"
+    elsewhere = "paths, addresses, names and added keywords are not taken from a run that was made elsewhere"
     assert refused() == f"checkpoints/run: say dataset.root=photos: {elsewhere}"
     assert capsys.readouterr().out == ""
     result = resumed("dataset.root=photos")
@@ -312,7 +312,7 @@ def test_a_value_that_is_not_taken_and_would_change_the_result_has_to_be_typed(
     assert refused() == (
         "checkpoints/run was started with other settings: dataset.target_transform own.labels -> null; "
         "say dataset.target_transform=own.labels "
-        "(paths, addresses and names are not taken from a run that was made elsewhere), "
+        "(paths, addresses, names and added keywords are not taken from a run that was made elsewhere), "
         "or accept with resume_changed=true that the result is no longer that of one run"
     )
     assert capsys.readouterr().out == ""

@@ -25,6 +25,7 @@ from engine.run import runs
 from engine.run.saver import Saver
 from engine.run.state import Progress
 from engine.training.metrics import Tally
+from engine.training.optimizers import build_optimizer
 
 CPU = torch.device("cpu")
 
@@ -55,11 +56,11 @@ def as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_deterministic_algorithms_where_they_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     for asked in (True, False):
         monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
-        assert train.prepare_device("cpu", asked) == CPU
+        assert train.prepare_device("cpu", asked, None) == CPU
         assert torch.are_deterministic_algorithms_enabled() is asked
         assert os.environ.get("CUBLAS_WORKSPACE_CONFIG") == (":4096:8" if asked else None)
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
-    train.prepare_device("cpu", True)
+    train.prepare_device("cpu", True, None)
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"  # the user's
 
 
@@ -68,13 +69,13 @@ def test_a_run_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     for count in ("2", "8"):
         monkeypatch.setenv("WORLD_SIZE", count)
         with pytest.raises(RequestError) as error:
-            train.prepare_device("cpu", False)
+            train.prepare_device("cpu", False, None)
         said = f"started as {count} processes; a run is one process, start it without torchrun"
         assert str(error.value) == said
     monkeypatch.setenv("WORLD_SIZE", "1")
-    assert train.prepare_device("cpu", False) == CPU
+    assert train.prepare_device("cpu", False, None) == CPU
     monkeypatch.delenv("WORLD_SIZE")
-    assert train.prepare_device("cpu", False) == CPU
+    assert train.prepare_device("cpu", False, None) == CPU
 
 
 def splits_of(**sizes: int) -> dict[str, Split]:
@@ -90,7 +91,8 @@ def config_of(**settings: Any) -> dict[str, Any]:
     config: dict[str, Any] = {"batch_size": 4, "seed": 5, "num_workers": 0, "limit_batches": None}
     config |= {"shuffle": True, "drop_last": True, "dataset": {"train_transforms": [], "eval_transforms": []}}
     config |= {"choices": {"model": "mlp", "dataset": "digits"}, "deterministic": False, "precision": "fp32"}
-    config |= {"accumulate": 1, "mixup": None, "cutmix": None}
+    config |= {"accumulate": 1, "mixup": None, "cutmix": None, "decay_norms": True}
+    config["optimizer"] = {"_target_": "torch.optim.SGD", "lr": 0.1}
     return {**config, **settings}
 
 
@@ -201,7 +203,9 @@ def described(said: list[str], splits: dict[str, Split], name: str = "cpu", **se
     trained_with, directory = settings.pop("trained_with", None), Path("checkpoints/run")
     config, device = config_of(**{"dataset": {"val_fraction": 0.1}, **settings}), torch.device(name)
     precision = {"auto": "bf16"}.get(config["precision"], config["precision"])
-    train.describe(config, nn.Linear(1000, 3), splits, (3, 8, 9), device, precision, directory, trained_with)
+    model = nn.Linear(1000, 3)
+    optimizer = build_optimizer(config["optimizer"], model, config["decay_norms"])
+    train.describe(config, model, optimizer, splits, (3, 8, 9), device, precision, directory, trained_with)
     return said
 
 
@@ -218,6 +222,9 @@ def test_what_is_about_to_be_trained(said: list[str], monkeypatch: pytest.Monkey
     assert described(said, whole) == [*common, parameters]
     assert described(said, whole, "cuda:1")[2] == "device   cuda:1 (card 1)"
     assert described(said, whole, "cuda:1", precision="auto")[2] == "device   cuda:1 (card 1), bf16"
+    sgd = {"_target_": "torch.optim.SGD", "lr": 0.1, "weight_decay": 0.1}
+    shares = "updates  weight decay on 99.9 % of the parameters"  # not on 3 of 3,003
+    assert described(said, whole, decay_norms=False, optimizer=sgd) == [common[0], shares, *common[1:], parameters]
     mixed = "mixed    a training image is right with the class of its larger share"
     for technique in ("mixup", "cutmix"):
         assert described(said, whole, **{technique: 0.5}) == [*common, parameters, mixed]
