@@ -56,6 +56,10 @@ TESTS: dict[str, Sequence[str]] = {
     "engine/command/resume.py": ["command_resume"],
     "engine/command/sweep.py": ["command_sweep_jobs", "command_sweep"],
     "train.py": ["train_parts", "training_progress"],
+    "engine/training/step.py": ["training_step"],
+    "engine/training/losses.py": ["training_losses"],
+    "engine/training/optimizers.py": ["training_optimizers"],
+    "engine/data/mixing.py": ["data_mixing"],
 }
 IMPORTED = ("torch", "torchvision.transforms.v2", "numpy", "hydra", "pytest", "matplotlib.figure", "tqdm", "sklearn")
 SKIPPED = re.compile(r"__name__ == ")  # whether a program is started by hand
@@ -113,7 +117,7 @@ def meaning(source: str) -> str | None:
     """The program without what changes no result; None if it is none.
 
     That is comments and annotations; `strict=` of zip, a guard against mistakes of our own; and how much of a foreign
-    message `one_line` quotes.
+    message or value is quoted.
     """
     try:
         tree = ast.parse(source)
@@ -128,7 +132,7 @@ def meaning(source: str) -> str | None:
             node.annotation = ast.Constant(None)
         if isinstance(node, ast.Call):
             node.keywords = [keyword for keyword in node.keywords if keyword.arg != "strict"]
-            if isinstance(node.func, ast.Name) and node.func.id == "one_line":
+            if isinstance(node.func, ast.Name) and node.func.id in ("one_line", "shortened"):
                 node.args = node.args[:1]
     return ast.dump(tree)
 
@@ -243,7 +247,7 @@ def score(file: str, most: int, seed: int, until: float, pool: ProcessPoolExecut
         yield f"{file}: not tried, as its tests do not pass without a change ({outcome})"
         return
     found, possible = mutants(file, most, seed)
-    limit = 20 + 5 * seconds
+    limit = min(20 + 5 * seconds, 120.0)
     waiting, running = found[::-1], {}
     results: list[tuple[Mutant, str]] = []
     while waiting or running:

@@ -32,6 +32,7 @@ SHAPES = {  # of the datasets' images; classes
 }
 REFUSED = {("vit", "a larger odd size"): "no patch_size from 2 to 4 divides images of 33x31 pixels"}
 MODELS = group_options()["model"]
+LARGE = {"resnet34", "resnet50"}  # seconds for what ResNet-18 shows too
 
 
 def settings_of(name: str) -> dict[str, Any]:
@@ -67,8 +68,17 @@ def test_mlp_with_other_hidden_sizes() -> None:
     assert [tuple(p.shape) for p in build_model("mlp", (1, 8, 8), 10, hidden=[]).parameters()] == [(10, 64), (10,)]
 
 
-@pytest.mark.parametrize("data", SHAPES)
-@pytest.mark.parametrize("name", MODELS)
+NEEDED = ("digits", "the MNIST family", "CIFAR-10", "ImageNet")
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        pytest.param(name, data, marks=[pytest.mark.slow] * (name in LARGE and data not in NEEDED))
+        for name in MODELS
+        for data in SHAPES
+    ],
+)
 def test_every_model_takes_every_image_and_passes_a_gradient_to_every_weight(name: str, data: str) -> None:
     shape, classes = SHAPES[data]
     if (name, data) in REFUSED:

@@ -142,9 +142,9 @@ def test_refused(make: Callable[[], object], said: str) -> None:
 
 def test_every_loss_trains(call: Call) -> None:
     for name in ("cross_entropy", "nll", "mse", "bce", "focal"):
-        done = call("train", f"criterion={name}", "epochs=4", "optimizer=adam", f"name={name}")
+        done = call("train", f"criterion={name}", "epochs=2", "optimizer=adam", "optimizer.lr=3e-3", f"name={name}")
         assert done.code == 0, done.err
-        assert float(done.out.split("test     accuracy ")[1].split("%")[0]) > 85, name
+        assert float(done.out.split("test     accuracy ")[1].split("%")[0]) > 75, name
     done = call("train", "criterion.weight=balanced", "criterion.label_smoothing=0.1", "mixup=0.2", "epochs=1")
     assert done.code == 0 and "cross-entropy with class weights with mixed samples in training" in done.out
     weights = "criterion.weight=[1,1,1,1,1,1,1,1,1,9]"

@@ -321,6 +321,7 @@ def test_compiled_training_is_near_plain_training_and_compiles_once_each(call: C
     assert call("evaluate", "checkpoint=checkpoints/compiled/best.pt").code == 0
 
 
+@pytest.mark.slow
 def test_without_a_compiler_one_line_says_so(process: Call, tmp_path: Path) -> None:
     error = process(
         "train", "compile=true", "epochs=1", CXX="no-such-compiler", TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache")
