@@ -44,6 +44,7 @@ def main(config: dict[str, Any]) -> float:
     # The checkpoint, the data that it names or that was asked for, and the model.
     device, name = choose_device(config["device"]), config["split"]
     use_threads(config["num_threads"])
+    tta = config["tta"]
     path = Path(config["checkpoint"]) if config["checkpoint"] else runs.newest_best()
     saved = checkpoint.read(path)
     output = Path(config["output"]) if config["output"] else path.parent / f"{evaluation.EVALUATION[name]}.json"
@@ -60,6 +61,8 @@ def main(config: dict[str, Any]) -> float:
     batches = Batches(split, data["eval_transforms"], device, **how)
     model = model_of(saved, config, path, batches.sample_shape(), data_classes).to(device)
     checkpoint.check_finite(model, path)
+    if tta == "flip":
+        model = Flipped(model)
     classes = [printable(known) for known in saved.get("classes", data_classes)]
     places = {known: number for number, known in enumerate(classes)}
     numbers = torch.tensor([places[known] for known in data_classes], device=device)
@@ -75,7 +78,7 @@ def main(config: dict[str, Any]) -> float:
     # What is printed and written.
     of = f"{name} split of {config['choices']['dataset']}, {counted(samples, 'sample')}"
     limit = f" (dataset.limit={data['limit']})" if data["limit"] else ""
-    print(f"{printable(str(path))}, {of}{limit}")
+    print(f"{printable(str(path))}, {of}{limit}{', each image and its mirror image' if tta else ''}")
     if len(data_classes) < len(classes):
         print(f"the data has {len(data_classes)} of the model's {len(classes)} classes; they are compared by name")
     elif data_classes != classes:
@@ -96,6 +99,7 @@ def main(config: dict[str, Any]) -> float:
             "dataset": config["choices"]["dataset"],
             "split": name,
             "samples": samples,
+            "tta": tta,
             "accuracy": accuracy(confusion),
             "loss": loss,
             "per_class": rows,
@@ -109,6 +113,23 @@ def main(config: dict[str, Any]) -> float:
     beside = f"{listed.name} and pictures" if drawn else listed.name
     print(f"\nwritten to {printable(str(output))}, {printable(beside)} beside it")
     return accuracy(confusion)
+
+
+class Flipped(nn.Module):
+    """The mean of a model's probabilities of an image and of its mirror image, as logits; test-time augmentation.
+
+    Args:
+        model: takes images `[batch, channels, height, width]`, gives logits `[batch, num_classes]`.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The logarithm of the mean, whose softmax is the mean."""
+        both = torch.stack([self.model(x).float().log_softmax(1) for x in (images, images.flip(3))])
+        return both.logsumexp(0) - math.log(2)
 
 
 def check_output(output: Path, path: Path) -> None:

@@ -25,6 +25,7 @@ from torchvision.datasets import FashionMNIST
 from torchvision.transforms import ToTensor
 
 import datasets
+from engine.data.splits import load_splits
 from engine.pictures import style
 from engine.run import checkpoint, trust
 from evaluate import by_name
@@ -95,6 +96,27 @@ def test_what_training_printed(call: Call, trained: Path, tmp_path: Path) -> Non
             line for line in answer.out.splitlines() if line.startswith(f"{name} ")
         )
     assert re.search(r"^average +0\.\d+ +0\.\d+ +0\.\d+ +355$", answer.out, re.MULTILINE)
+
+
+def test_flip_takes_the_mean_of_an_image_and_its_mirror_image(call: Call, trained: Path) -> None:
+    """Against a plain forward pass of both, here."""
+    plain = call("evaluate")
+    flipped = call("evaluate", "tta=flip")
+    assert flipped.code == 0, flipped.err
+    assert "355 samples, each image and its mirror image" in flipped.out and "mirror" not in plain.out
+    result = json.loads((trained / "evaluation.json").read_text())
+    best = torch.load(trained / "best.pt", weights_only=True)
+    model = MLP((1, 8, 8), 10, best["config"]["model"]["hidden"], best["config"]["model"]["dropout"]).eval()
+    model.load_state_dict(best["model"])
+    splits, _ = load_splits(best["config"]["dataset"], only="test")
+    images, labels = splits["test"].part[0][splits["test"].indices].float() / 255, splits["test"].part[1]
+    labels = labels[splits["test"].indices]
+    with torch.no_grad():
+        mean = (model(images).softmax(1) + model(torch.flip(images, [3])).softmax(1)) / 2
+    assert result["accuracy"] == pytest.approx(float((mean.argmax(1) == labels).double().mean()))
+    assert result["loss"] == pytest.approx(float(-mean.log()[torch.arange(355), labels].mean()), rel=1e-4)
+    assert result["tta"] == "flip" and figures(flipped.out) != figures(plain.out)
+    assert "tta=mirror: expected" in call("evaluate", "tta=mirror").error
 
 
 def test_a_file_that_was_moved(call: Call, trained: Path, tmp_path: Path) -> None:
