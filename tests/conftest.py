@@ -17,6 +17,7 @@ from engine.run import runs
 
 ROOT = Path(__file__).resolve().parent.parent
 os.environ["XDG_DATA_HOME"] = tempfile.mkdtemp(prefix="key-of-the-tests-")  # not into the home of who runs them
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # or tests at the same time would be told of each other
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: models this small are slower on more threads
 
 

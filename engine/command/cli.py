@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import fcntl
 import functools
 import importlib
 import json
 import os
 import re
 import sys
+import tempfile
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,7 +32,8 @@ from engine.errors import Interrupted, RequestError, RunError, interrupt_behind,
 from engine.run import compare, runs, trackers
 
 # After a parallel operation torch's threads (GNU OpenMP's) keep their cores busy for some 10 ms, waiting for the next.
-# That is time taken from the workers that read images. A thirtieth of it bridges the gaps within a training step.
+# That is time taken from the workers that read images. A thirtieth of it bridges the gaps within a training step. From
+# another run it takes whole cores, so only one run of a machine waits so.
 SPINS = "10000"
 
 LONGEST = 600  # characters of an error's line; of a longer one the end is kept too, which says what to do
@@ -43,7 +46,6 @@ def launch(entry: str) -> NoReturn:
     Help, TAB completion and every error in the configuration are answered here, before torch is imported. Exit codes:
     0, 2 for a wrong request, 1 for a failure at work, 130 for Ctrl-C, 141 where nobody reads on, 143 for SIGTERM.
     """
-    os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
     os.environ["PYTHON_COLORS"] = "0"  # tracebacks in colours are made of what may not be sent to a terminal
     terminal.guard()
     exit_code = 0
@@ -232,11 +234,34 @@ def _checked(config: DictConfig) -> dict[str, Any]:
     return resume.adopt(plain, overrides, directories) if plain.get("resume") else plain
 
 
+def choose_waiting() -> None:
+    """Before torch is imported: let the threads of one run of this machine wait actively, those of others asleep.
+
+    A lock that the kernel drops with its process decides which. How threads wait changes no result.
+    """
+    if "GOMP_SPINCOUNT" in os.environ or "torch" in sys.modules:
+        return
+    file, spins = os.path.join(tempfile.gettempdir(), f"active-threads-{os.getuid()}.lock"), SPINS
+    try:
+        lock = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    except OSError:  # as if alone
+        lock = None
+    if lock is not None:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # stays open, and so locked, while the process lives
+        except OSError:
+            os.close(lock)
+            spins = "0"
+            print("note: another run uses this machine; the threads of this one wait without spinning", file=sys.stderr)
+    os.environ["GOMP_SPINCOUNT"] = spins
+
+
 def _main(config: dict[str, Any]) -> Any:
     """Call main() of the entry point that is running; a run that does not come to its end is closed and marked so."""
     if config.get("resume") and (told := runs.finished_before(config)):
         print(told)
         return None
+    choose_waiting()
     try:
         program = importlib.import_module(HydraConfig.get().job.name)
         words = [*_overrides(HydraConfig.get()), *json.loads(os.environ.get(OF_EXPERIMENT, "[]"))]
