@@ -536,3 +536,26 @@ def test_targets_are_for_training() -> None:
     split = replace(split, target_transform=lambda labels, classes: labels.tolist())
     with pytest.raises(RunError, match=r"^dataset.target_transform gave list; expected a tensor$"):
         next(training(split).epoch(1))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Steps of several micro-batches
+
+
+def test_a_step_of_micro_batches_is_a_batch_so_many_times_as_large() -> None:
+    batches = training(split_of(10), batch_size=2, accumulate=3)
+    assert (batches.batch_size, batches.micro_batch_size, len(batches)) == (6, 2, 2)
+    assert labels_of(batches, 1) == in_batches(order_of(0, 1, 10), 6)
+
+
+def test_more_micro_batches_in_a_step_than_in_an_epoch_are_refused() -> None:
+    """10 samples are 5 batches of 2, and 4 of 3 with a last one of one: so many, and no more, go into a step."""
+    for size, most in ((2, 5), (3, 4), (9, 2)):
+        training(split_of(10), batch_size=size, accumulate=most)
+        with pytest.raises(RequestError) as error:
+            training(split_of(10), batch_size=size, accumulate=most + 1)
+        said = f"accumulate={most + 1}: an epoch has 10 samples, a step would take over {size * most:,}; "
+        assert str(error.value) == f"{said}at most {most} goes with batch_size={size}"
+    training(split_of(3), batch_size=10)  # one batch that is larger than the data is a smaller batch
+    with pytest.raises(RequestError, match=r"^drop_last=true leaves no batch: 10 training samples, batch_size=4 accum"):
+        training(split_of(10), batch_size=4, accumulate=3, drop_last=True)

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 import datasets
 from engine.data.images import ImageFiles
-from engine.data.splits import divide, fingerprint, hold_out, load_splits, spread
+from engine.data.splits import Split, class_counts, divide, fingerprint, hold_out, load_splits, spread
 from engine.errors import RequestError
 
 LABELS: list[int] = []  # of `labelled`, set by a test
@@ -657,3 +657,12 @@ def test_a_cache_is_for_files(decoded: dict[str, Any]) -> None:
     decoded["data"] = labelled()
     with pytest.raises(RequestError, match=r"^dataset.cache=true: for image files, and datasets.made has none; set it"):
         load_splits(from_cache())
+
+
+def test_how_many_samples_a_class_has() -> None:
+    labels = torch.tensor([2, 0, 2, 2, 1, 0])
+    names = ["a", "b", "c", "d"]
+    some = Split((images_of(6), labels), torch.tensor([0, 1, 2, 5]), 4)
+    assert class_counts(some, names) == {"a": 2, "b": 0, "c": 2, "d": 0}
+    assert class_counts(Split(Unlabelled(), torch.arange(30), 4), names) is None
+    assert class_counts(Split((images_of(6), labels), None, 4), names) is None  # as a stream, which is not counted

@@ -468,12 +468,12 @@ def test_more_epochs_lead_the_schedule_anew_to_the_same_step(tmp_path: Path, sai
 
 def test_changed_settings_begin_the_epoch_again_with_the_weights_as_they_are(tmp_path: Path, said: list[str]) -> None:
     first = stopped(tmp_path, epochs_done=2)
-    saver = saver_of(tmp_path, optimizer={**SGD, "lr": 0.02, "momentum": 0.5})
+    saver = saver_of(tmp_path, optimizer={**SGD, "lr": 0.02, "momentum": 0.5, "weight_decay": 0.25})
     saver.restore(["optimizer.lr 0.1 -> 0.02", "batch_size 8 -> 4"], steps_per_epoch=7)
     assert saver.parts["scheduler"].told == [("start", 14)]  # two epochs of this run's 7 steps
     assert (saver.progress.epoch, saver.progress.batch, saver.tally.samples) == (3, 0, 0)
     group = saver.optimizer.param_groups[0]
-    assert (group["lr"], group["momentum"], len(group["params"])) == (0.02, 0.5, 2)
+    assert (group["lr"], group["momentum"], group["weight_decay"], len(group["params"])) == (0.02, 0.5, 0.25, 2)
     assert group["params"][0] is saver.parts["model"].weight
     assert same(state(saver)["model"], state(first)["model"])
     assert same(state(saver)["optimizer"]["state"], state(first)["optimizer"]["state"])
