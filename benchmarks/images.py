@@ -40,9 +40,9 @@ from torchvision.transforms.v2.functional import resize  # noqa: E402
 
 import datasets  # noqa: E402
 from engine.data.batches import Batches  # noqa: E402
+from engine.data.devices import cores  # noqa: E402
 from engine.data.images import MAX_PIXELS  # noqa: E402
 from engine.data.splits import load_splits  # noqa: E402
-from engine.data.workers import cores  # noqa: E402
 
 SIDE, TARGET, CLASSES, BATCH = 256, 64, 10, 64
 RUN = {"batch_size": BATCH, "seed": 0, "shuffle": True, "drop_last": False, "limit_batches": None, "num_workers": None}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -256,3 +257,39 @@ def test_only_cuda_is_sent_batches_without_waiting(
     pairs = [(torch.zeros(2, 1, 3, 3), torch.zeros(2, dtype=torch.int64))] * 3
     assert [images.device.type for images, _ in on_device(pairs, torch.device("meta"))] == ["meta"] * 3
     assert len(waits) == 6 and all(waits)
+
+
+def test_threads_of_arithmetic(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Three cores of eight may be used, and PyTorch has chosen two threads."""
+    told: list[int] = []
+    now = [2]
+    monkeypatch.setattr(devices, "_OWN_THREADS", 2)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: now[0])
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: (told.append(number), now.__setitem__(0, number)))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0: {1, 4, 7}}[pid], raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    for number in (None, 2, 1, 3, 3, None):
+        devices.use_threads(number)
+    assert told == [1, 3, 2]  # only what is another number than before, and null goes back
+    assert capsys.readouterr().err == ""
+    devices.use_threads(4)
+    assert now == [4] and capsys.readouterr().err == "note: num_threads=4: more than the 3 cores to be had\n"
+    monkeypatch.delattr(os, "sched_getaffinity")  # as on macOS
+    for count, said in ((8, ""), (3, "3 cores"), (None, "1 core ")):
+        monkeypatch.setattr(os, "cpu_count", lambda count=count: count)
+        devices.use_threads(4)
+        err = capsys.readouterr().err
+        assert said in err and bool(err) == bool(said)
+    monkeypatch.setattr(devices, "_OWN_THREADS", 6)  # OMP_NUM_THREADS=6 on fewer cores: the user knows
+    devices.use_threads(None)
+    assert now == [6] and capsys.readouterr().err == ""
+
+
+def test_cores_that_this_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0: {1, 4, 5}}[process], raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 7)
+    assert devices.cores() == 3
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert devices.cores() == 7
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert devices.cores() == 1

@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 from engine.data import workers as module
 from engine.data.images import ImageFiles
 from engine.data.reader import Reader
-from engine.data.workers import Workers, _dismiss, _Slots, _Worker, cores
+from engine.data.workers import Workers, _dismiss, _Slots, _Worker
 from engine.errors import RunError
 
 
@@ -143,16 +143,6 @@ def test_an_error_of_a_worker_comes_with_its_traceback() -> None:
     told, where = _Worker(reader_of(Samples(9, number_3=KeyError("caption"))), None)[1, np.array([3]), None]
     assert type(told) is RunError and str(told).startswith("sample 3 of Samples raised KeyError: 'caption'")
     assert "Traceback" in where and "raise error" in where
-
-
-def test_cores_that_this_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0: {1, 4, 5}}[process], raising=False)
-    monkeypatch.setattr(os, "cpu_count", lambda: 7)
-    assert cores() == 3
-    monkeypatch.delattr(os, "sched_getaffinity")
-    assert cores() == 7
-    monkeypatch.setattr(os, "cpu_count", lambda: None)
-    assert cores() == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------

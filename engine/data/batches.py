@@ -19,14 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from engine.data.augment import Resize, to_float
-from engine.data.devices import on_device, place
+from engine.data.devices import cores, on_device, place
 from engine.data.draws import Draws, own_randomness, sample_seed, seed_everything
 from engine.data.images import ImageFiles, open_image
 from engine.data.mixing import Mixing
 from engine.data.reader import Reader, SampleStream, users_code
 from engine.data.splits import Split
 from engine.data.transforms import PerImage, apply, parse_transforms
-from engine.data.workers import Workers, cores
+from engine.data.workers import Workers
 from engine.errors import RequestError, RunError, counted, one_line, out_of_memory
 from engine.terminal import log, watched
 

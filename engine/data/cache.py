@@ -29,9 +29,10 @@ from torch import Tensor
 
 from engine import files as safe
 from engine.data.augment import Resize
+from engine.data.devices import cores
 from engine.data.images import ImageFiles, shown
 from engine.data.reader import Reader, cannot_be_read
-from engine.data.workers import Workers, cores
+from engine.data.workers import Workers
 from engine.errors import RequestError, RunError, one_line, printable
 from engine.terminal import watched
 

@@ -29,15 +29,19 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 _OWN_THREADS = torch.get_num_threads()  # PyTorch's choice, before a job of a sweep may have set another
 
 
 def use_threads(number: int | None) -> None:
     """Let PyTorch's arithmetic on the CPU use so many threads; None is its own choice. More than cores is told."""
     number = _OWN_THREADS if number is None else number
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if number > max(cores, _OWN_THREADS):
-        print(f"note: num_threads={number}: more than the {counted(cores, 'core')} to be had", file=sys.stderr)
+    if number > max(cores(), _OWN_THREADS):
+        print(f"note: num_threads={number}: more than the {counted(cores(), 'core')} to be had", file=sys.stderr)
     if number != torch.get_num_threads():
         torch.set_num_threads(number)
 

@@ -104,11 +104,6 @@ def _start_worker(number: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def cores() -> int:
-    """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 class Workers:
     """Worker processes around a Reader; they live from the first question on.
 
