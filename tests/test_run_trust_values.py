@@ -459,3 +459,58 @@ def test_a_stranger_s_transforms_take_a_bounded_time(
     with pytest.raises(RequestError, match=r"^a\.pt: its dataset.eval_transforms are long at work on images"):
         evaluated(shape, beyond)
     assert evaluated(shape, beyond, ours=True)["eval_transforms"] == beyond
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Keywords that a command line added
+
+
+def test_which_added_keywords_a_resumed_run_takes_over(tmp_path: Path) -> None:
+    """Those of a run that was typed here, unless they are typed anew or what they are for is built otherwise now."""
+    known = known_settings("train", {"model": "mlp", "optimizer": "adam"})
+    here = {"optimizer": {"_target_": "torch.optim.Adam", "lr": 0.1}, "model": {"_target_": "models.mlp.MLP"}}
+    own = copy.deepcopy(here)
+    own["optimizer"] |= {"amsgrad": True, "fused": False}
+    own["more"] = {"amsgrad": True}  # no group that is built
+    where = tmp_path / "run"
+    assert trust.taken_over(here, own, [], where, known, ours=True) == (
+        {"optimizer.amsgrad": True, "optimizer.fused": False},
+        [],
+    )
+    added = copy.deepcopy(here)
+    added["optimizer"]["amsgrad"] = False
+    taken, left = trust.taken_over(added, own, ["optimizer.amsgrad"], where, known, ours=True)
+    assert (taken, left) == ({"optimizer.fused": False}, [])
+    assert trust.taken_over(here, own, ["optimizer"], where, known, ours=True) == ({}, [])
+    assert trust.taken_over(here, own, [], where, known, ours=False) == (
+        {},
+        ["+optimizer.amsgrad=true", "+optimizer.fused=false"],
+    )
+    other = copy.deepcopy(own)
+    other["optimizer"]["_target_"] = "torch.optim.NAdam"
+    taken, left = trust.taken_over(here, other, [], where, known, ours=True)
+    assert taken == {} and "+optimizer.amsgrad=true" in left and "+optimizer.fused=false" in left
+    own["optimizer"]["fused"] = float("nan")
+    with pytest.raises(RequestError, match=r"run: "):
+        trust.taken_over(here, own, [], where, known, ours=True)
+
+
+def test_threads_are_data_up_to_the_cores_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    setting = known_settings("train", {})["num_threads"]
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0: {2, 5, 6}}[process], raising=False)
+    assert [trust.is_data(setting, value) for value in (None, 1, 3, 4)] == [True, True, True, False]
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert [trust.is_data(setting, value) for value in (None, 1, 2)] == [True, True, False]
+
+
+def test_what_could_be_built_without_yaml() -> None:
+    for name, is_one in (
+        ("models.mlp.MLP", True),
+        ("torchvision.models.resnet18", True),
+        ("torchvision.models.get_model", False),
+        ("os.system", False),
+        (None, False),
+        (7, False),
+        (["models.mlp.MLP"], False),
+    ):
+        assert trust.is_model_here(name, FILE) is is_one, name
