@@ -46,7 +46,9 @@ RECIPES = {
     "cnn, every technique": [
         "model=cnn",
         "model.width=4",
-        "optimizer=adamw",
+        "optimizer=muon",
+        "scheduler=one_cycle",
+        "decay_norms=false",
         "epochs=3",
         "batch_size=32",
         "precision=bf16",
