@@ -123,9 +123,9 @@ def main(config: dict[str, Any]) -> float:
 
         # The test set, once, with the best weights.
         best = checkpoint.read(directory / "best.pt")
-        checkpoint.load_weights(model, best["model"], directory / "best.pt")
+        checkpoint.load_weights(step.evaluated, best["model"], directory / "best.pt")
         shown = watched(saver.until_stopped(batches["test"]), "test", len(batches["test"]))
-        test_loss, confusion = evaluate(model, shown, len(classes))
+        test_loss, confusion = evaluate(step.evaluated, shown, len(classes))
         saver.check_test_loss(test_loss)
     summary = summarise(progress, about, test_loss, accuracy(confusion))
     runs.write_metrics(directory / "metrics.csv", progress.history)  # again: a run may have been killed before it did

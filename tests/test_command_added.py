@@ -353,12 +353,6 @@ def test_evaluate_and_predict_take_a_number_of_threads(call: Call, entry: str) -
     assert torch.get_num_threads() == other
 
 
-def test_a_strangers_run_takes_no_more_threads_than_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1}, raising=False)
-    (setting,) = [s for n, s in trust.read_settings(trust.CONFIGS / "train.yaml").items() if n == "num_threads"]
-    assert [trust.is_data(setting, number) for number in (None, 1, 2, 3, 1024)] == [True, True, True, False, False]
-
-
 def test_what_is_typed_with_a_plus_is_taken_without_torch(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: dict[str, Any] = {}
     monkeypatch.setattr(cli, "_main", asked.update)

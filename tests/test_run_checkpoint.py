@@ -140,7 +140,7 @@ def hostile(mark: str) -> dict[str, Any]:
             "builtins.eval": {"source": f"open({mark!r}, 'w')"},
             "builtins.open": {"file": mark, "mode": "w"},
             "pathlib.Path.touch": {"self": mark},
-            "models.resnet18.nn.Module": {},
+            "models.resnet.nn.Module": {},
             "models.mlp.nn.Linear": {"in_features": 1, "out_features": 1},
             "models.mlp.pairwise": {"iterable": [1, 2]},
             "models.mlp.MLP.__init__.__globals__": {},

@@ -80,7 +80,9 @@ def test_transforms_and_classes_may_be_any_text_of_200_characters(name: str) -> 
     assert not takes(["x" * 201], name=name) and not takes([10**7], name=name)
 
 
-@pytest.mark.parametrize("name", ["logger", "logger.mlflow.uri", "device", "num_workers", "dataset.cache"])
+@pytest.mark.parametrize(
+    "name", ["logger", "logger.mlflow.uri", "device", "num_workers", "num_threads", "dataset.cache"]
+)
 def test_where_something_goes_is_never_data(name: str) -> None:
     name = "".join(list(name))  # as it is read from a file
     assert not takes(1, name=name) and not takes("b", name=name, rule="one of a, b")
@@ -493,14 +495,6 @@ def test_which_added_keywords_a_resumed_run_takes_over(tmp_path: Path) -> None:
     own["optimizer"]["fused"] = float("nan")
     with pytest.raises(RequestError, match=r"run: "):
         trust.taken_over(here, own, [], where, known, ours=True)
-
-
-def test_threads_are_data_up_to_the_cores_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    setting = known_settings("train", {})["num_threads"]
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0: {2, 5, 6}}[process], raising=False)
-    assert [trust.is_data(setting, value) for value in (None, 1, 3, 4)] == [True, True, True, False]
-    monkeypatch.delattr(os, "sched_getaffinity")
-    assert [trust.is_data(setting, value) for value in (None, 1, 2)] == [True, True, False]
 
 
 def test_what_could_be_built_without_yaml() -> None:

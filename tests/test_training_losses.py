@@ -146,7 +146,10 @@ def test_every_loss_trains(call: Call) -> None:
         assert done.code == 0, done.err
         assert float(done.out.split("test     accuracy ")[1].split("%")[0]) > 75, name
     done = call("train", "criterion.weight=balanced", "criterion.label_smoothing=0.1", "mixup=0.2", "epochs=1")
-    assert done.code == 0 and "cross-entropy with class weights with mixed samples in training" in done.out
+    assert (
+        done.code == 0
+        and "cross-entropy with class weights and label_smoothing=0.1 and mixed samples in training" in done.out
+    )
     weights = "criterion.weight=[1,1,1,1,1,1,1,1,1,9]"
     assert call("train", weights, "epochs=1").code == 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fcntl
 import functools
 import importlib
@@ -241,19 +242,15 @@ def choose_waiting() -> None:
     """
     if "GOMP_SPINCOUNT" in os.environ or "torch" in sys.modules:
         return
-    file, spins = os.path.join(tempfile.gettempdir(), f"active-threads-{os.getuid()}.lock"), SPINS
-    try:
+    os.environ["GOMP_SPINCOUNT"] = SPINS
+    file = os.path.join(tempfile.gettempdir(), f"active-threads-{os.getuid()}.lock")
+    with contextlib.suppress(OSError):  # where no file can be made or locked it is as if alone
         lock = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    except OSError:  # as if alone
-        lock = None
-    if lock is not None:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # stays open, and so locked, while the process lives
-        except OSError:
-            os.close(lock)
-            spins = "0"
+        except BlockingIOError:
+            os.environ["GOMP_SPINCOUNT"] = "0"
             print("note: another run uses this machine; the threads of this one wait without spinning", file=sys.stderr)
-    os.environ["GOMP_SPINCOUNT"] = spins
 
 
 def _main(config: dict[str, Any]) -> Any:

@@ -37,11 +37,11 @@ class Mixing:
         other = images.index_select(0, partners)
         cut = draw.random(count) < (0.5 if self.mixup else 1.0) if self.cutmix else np.zeros(count, bool)
 
-        share = np.ones(count)
+        share, mixed = np.ones(count), images
         if self.mixup:
             share = np.where(cut, 1.0, draw.beta(self.mixup, self.mixup, count))
-        by_pixel = send(torch.from_numpy(share).float(), device)[:, None, None, None]
-        mixed = torch.where(by_pixel < 1, images * by_pixel + other * (1 - by_pixel), images)
+            by_pixel = send(torch.from_numpy(share).float(), device)[:, None, None, None]
+            mixed = images * by_pixel + other * (1 - by_pixel)
         if self.cutmix:
             height, width = images.shape[-2:]
             side = np.sqrt(1 - draw.beta(self.cutmix, self.cutmix, count))  # as a share of the image's

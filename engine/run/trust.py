@@ -53,7 +53,7 @@ from engine.config import (
 from engine.errors import RequestError, one_line, printable, shortened
 
 # Never from a file, whatever their kind: they decide where something is sent, read or written, or how much is read.
-NEVER = ("logger", "device", "num_workers", "dataset.cache")
+NEVER = ("logger", "device", "num_workers", "num_threads", "dataset.cache")
 LISTS_OF_TEXT = ("dataset.train_transforms", "dataset.eval_transforms", "dataset.classes")
 WORD = re.compile(r"[\w+ -]{1,64}(\.\d[\w+-]{0,16})*")  # no path, no address and no name that could be imported
 MOST_ITEMS = 1000  # of a list, and of all lists within it
@@ -295,8 +295,6 @@ def is_data(setting: Setting, value: Any) -> bool:
         return value <= setting.default  # less than here does no harm
     if any(setting.name == name or setting.name.startswith(f"{name}.") for name in NEVER):
         return False
-    if setting.name == "num_threads" and value is not None:
-        return value <= len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else value <= 1
     if setting.name in LISTS_OF_TEXT:
         return _is_small(value, text=re.compile(r".{0,200}", re.DOTALL))
     if setting.rule.startswith("one of "):

@@ -73,7 +73,6 @@ class WeightedCrossEntropy(nn.Module):
     """
 
     weight: Tensor
-    name = "cross-entropy with class weights"
 
     def __init__(self, weight: Tensor, label_smoothing: float = 0.0, reduction: str = "mean") -> None:
         super().__init__()

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from engine.training.losses import WeightedCrossEntropy
+
 
 def class_of(labels: Tensor) -> Tensor:
     """Class indices `[batch]` of labels that are class indices, or probabilities `[batch, num_classes]`."""
@@ -176,20 +178,20 @@ def loss_name(criterion: nn.Module, target_transform: str | None = None, mixed: 
         mixed: whether training samples are mixed.
     """
     changes = []
-    is_plain = type(criterion) is nn.CrossEntropyLoss
-    if is_plain and criterion.weight is not None:
+    is_cross_entropy = type(criterion) in (nn.CrossEntropyLoss, WeightedCrossEntropy)
+    if is_cross_entropy and criterion.weight is not None:
         changes.append("class weights")
-    if is_plain and criterion.label_smoothing:
+    if is_cross_entropy and criterion.label_smoothing:
         changes.append(f"label_smoothing={criterion.label_smoothing:g}")
-    if is_plain and criterion.reduction != "mean":
+    if is_cross_entropy and criterion.reduction != "mean":
         changes.append(f"reduction={criterion.reduction}")
     if target_transform is not None and not target_transform.endswith(".one_hot"):  # the same in another form
         changes.append(f"labels by {target_transform}")
     if mixed:
         changes.append("mixed samples")
-    if is_plain and not changes:
+    if is_cross_entropy and not changes:
         return None
-    name = "cross-entropy" if is_plain else getattr(criterion, "name", type(criterion).__name__)
+    name = "cross-entropy" if is_cross_entropy else type(criterion).__name__
     return f"{name} with {' and '.join(changes)}" if changes else name
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from engine.errors import RequestError
+from engine.errors import RequestError, counted
 from engine.terminal import log
 from engine.training.losses import WeightedCrossEntropy
 
@@ -87,7 +87,7 @@ class Step:
 
     def backward(self, loss: Tensor, share: Any = 1.0) -> None:
         """Add the gradients of a part's loss, times its share of the step."""
-        if share != 1.0:
+        if isinstance(share, Tensor) or share != 1.0:  # comparing a tensor would wait for the device
             loss = loss * share
         self.scaler.scale(loss).backward()
 
@@ -113,9 +113,8 @@ class Step:
     def tell_skipped(self) -> None:
         """Say how many steps of the epoch were passed over, and count anew."""
         if self.skipped:
-            log.info(
-                f"fp16     {self.skipped} steps skipped: their gradients were no finite numbers; the scale is lower now"
-            )
+            steps = counted(self.skipped, "step")
+            log.info(f"fp16     {steps} skipped, with gradients that are no finite numbers; the scale is lower now")
         self.skipped = 0
 
     def state_dict(self) -> dict[str, Any]:
