@@ -170,7 +170,8 @@ def prepare_device(name: str, deterministic: bool, num_threads: int | None) -> t
     device = choose_device(name)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS wants it before its first use
-    torch.use_deterministic_algorithms(deterministic)
+    if deterministic != torch.are_deterministic_algorithms_enabled():  # to set it imports the compiler
+        torch.use_deterministic_algorithms(deterministic)
     use_threads(num_threads)
     return device
 
@@ -220,6 +221,7 @@ def row_of(progress: Progress, tally: Tally) -> dict[str, Any]:
 def frozen_memory() -> Iterator[None]:
     """What there is by now stays: Python's search for garbage, 0.2 s each time, passes it over inside."""
     gc.freeze()
+    gc.enable()  # off since the program began
     try:
         yield
     finally:

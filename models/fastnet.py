@@ -18,6 +18,7 @@ class FastNet(nn.Module):
         widths: channels of each block; a side that is down to one pixel is not halved any more.
         logit_scale: factor on the logits; small, the first predictions are unsure and the head learns slowly.
         norm_momentum: share that the newest batch has in the running mean and variance of batch normalisation, 0 to 1.
+        stride: step of the first convolution in pixels; 2 halves the image at once, for a quarter of the arithmetic.
 
     Raises:
         ValueError: the images are smaller than 2x2 pixels, or there are no widths.
@@ -30,6 +31,7 @@ class FastNet(nn.Module):
         widths: list[int],
         logit_scale: float,
         norm_momentum: float,
+        stride: int = 1,
     ) -> None:
         super().__init__()
         channels, height, width = input_shape
@@ -38,8 +40,8 @@ class FastNet(nn.Module):
         if not widths:
             raise ValueError("widths=[]: expected the channels of at least one block")
         first = 2 * 4 * channels  # as many as a 2x2 patch has numbers, of both signs
-        layers: list[nn.Module] = [nn.Conv2d(channels, first, 2), nn.GELU()]
-        height, width = height - 1, width - 1
+        layers: list[nn.Module] = [nn.Conv2d(channels, first, 2, stride), nn.GELU()]
+        height, width = ((side - 2) // stride + 1 for side in (height, width))
         for wide_in, wide_out in zip([first, *widths], widths, strict=False):
             halving = tuple(min(2, side) for side in (height, width))
             height, width = height // halving[0], width // halving[1]

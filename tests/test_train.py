@@ -14,6 +14,8 @@ import processes
 import pytest
 import torch
 from conftest import Call
+from test_datasets import cifar_folder
+from test_tutorial import write_fashion_mnist
 
 from engine.config import group_options
 from engine.run import checkpoint
@@ -113,6 +115,18 @@ def test_a_run_can_be_named_once(call: Call, tmp_path: Path) -> None:
     for name in ("a/b", "'a b'", "..", "latest", "'a=b'", "-x", "'a[1]'"):
         assert "expected letters" in call("train", "debug=fast", f"name={name}").error
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "checkpoints").rglob("*")} == before
+
+
+@pytest.mark.parametrize("recipe", group_options()["experiment"])
+def test_every_recipe_trains(call: Call, tmp_path: Path, recipe: str) -> None:
+    """On files of the true format with random images; what it reaches on the real ones is benchmarks/recipes.py's."""
+    write_fashion_mnist(tmp_path / "FashionMNIST/raw")
+    cifar_folder(tmp_path)
+    words = ["epochs=2", "batch_size=8", "limit_batches=2", "compile=false", "num_threads=1", "name=run"]
+    root = [] if recipe == "digits_best" else ["dataset.root=."]
+    trained = call("train", f"experiment={recipe}", *words, *root)
+    assert trained.code == 0 and trained.err == "", trained.err
+    assert call("evaluate", "tta=flip", "num_threads=1").code == 0
 
 
 LARGE = {"resnet34", "resnet50"}  # seconds for what ResNet-18 shows too

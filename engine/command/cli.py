@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import fcntl
 import functools
+import gc
 import importlib
 import json
 import os
@@ -47,6 +48,7 @@ def launch(entry: str) -> NoReturn:
     Help, TAB completion and every error in the configuration are answered here, before torch is imported. Exit codes:
     0, 2 for a wrong request, 1 for a failure at work, 130 for Ctrl-C, 141 where nobody reads on, 143 for SIGTERM.
     """
+    gc.disable()  # until all is imported: that stays, and the search for garbage would take a tenth of the time
     os.environ["PYTHON_COLORS"] = "0"  # tracebacks in colours are made of what may not be sent to a terminal
     terminal.guard()
     exit_code = 0
@@ -261,6 +263,8 @@ def _main(config: dict[str, Any]) -> Any:
     choose_waiting()
     try:
         program = importlib.import_module(HydraConfig.get().job.name)
+        if HydraConfig.get().job.name != "train":  # whose first optimizer imports as much again
+            gc.enable()
         words = [*_overrides(HydraConfig.get()), *json.loads(os.environ.get(OF_EXPERIMENT, "[]"))]
         build.check_fit(config, typed.added(words), [word.partition("=")[0].lstrip("+") for word in words])
         return program.main(config)
