@@ -14,9 +14,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(
-    ["train", "evaluate", "predict", "torchvision", "matplotlib.figure", "matplotlib.backends.backend_agg"]
-)
+_MATPLOTLIB = ["matplotlib.figure", "matplotlib.backends.backend_agg"]
+# torch._dynamo: every optimizer imports it, which takes as long as torch itself
+_context.set_forkserver_preload(["train", "evaluate", "predict", "torchvision", "torch._dynamo", *_MATPLOTLIB])
 
 
 @dataclass
