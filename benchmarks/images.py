@@ -27,7 +27,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from engine.command.cli import SPINS  # noqa: E402
+from engine.waiting import SPINS  # noqa: E402
 
 os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # as the program does, before torch is imported
 

@@ -5,7 +5,7 @@ runs the rate is that of epochs which both trained at the same time. The ways ta
 
     one alone            as the program starts by itself
     one that spins       GOMP_SPINCOUNT=10000, as every run did before: a run alone should lose nothing
-    two, both spinning   what the lock is there to prevent
+    two, both spinning   what looking for another run is there to prevent
     two, same second     started together, as the program does by itself
     two, 5 s apart       the second after the first has begun
 """

@@ -1,4 +1,7 @@
-"""Of several runs on a machine one lets its threads wait actively, and the others say that theirs do not."""
+"""Threads wait awake while a run is alone on its machine; of another one it is told, and then they wait asleep.
+
+And memory that was freed stays with the process.
+"""
 
 from __future__ import annotations
 
@@ -9,39 +12,96 @@ from pathlib import Path
 
 from conftest import ROOT
 
-CODE = "import os; from engine.command.cli import choose_waiting; choose_waiting(); print(os.environ['GOMP_SPINCOUNT'])"
-STAYS = "; import sys; sys.stdout.flush(); sys.stdin.read()"
+BEGIN = """
+import os, sys, threading
+from engine import waiting
+waiting.prepare()
+import torch
+waiting.share_cores()
+print(os.environ["GOMP_SPINCOUNT"], flush=True)
+for _ in sys.stdin:
+    print(*sorted(thread.name for thread in threading.enumerate()), flush=True)
+"""
 
 
-def begin(folder: Path, code: str = CODE + STAYS, **environment: str) -> subprocess.Popen[str]:
-    kept = {key: value for key, value in os.environ.items() if key != "GOMP_SPINCOUNT"}
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    kept |= {"TMPDIR": str(folder), **environment}
-    return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=kept, text=True, **pipes)  # type: ignore[call-overload]
+class Run:
+    """A process that has begun as a run does, and answers a line of input with the names of its threads."""
+
+    def __init__(self, folder: Path, **environment: str) -> None:
+        kept = {key: value for key, value in os.environ.items() if key not in ("GOMP_SPINCOUNT", "OMP_NUM_THREADS")}
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", BEGIN],
+            cwd=ROOT,
+            env=kept | {"TMPDIR": str(folder), **environment},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def line(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline().strip()
+
+    def threads(self, until: str) -> str:
+        """Its threads, once they are these; for as long as pytest lets the test wait."""
+        assert self.process.stdin is not None
+        found = ""
+        while found != until:
+            self.process.stdin.write("\n")
+            self.process.stdin.flush()
+            found = self.line()
+            assert self.process.poll() is None
+        return found
+
+    def said(self) -> str:
+        return self.process.communicate("")[1]
 
 
-def first_line(process: subprocess.Popen[str]) -> str:
-    assert process.stdout is not None
-    return process.stdout.readline().strip()
-
-
-def test_one_of_two_spins_and_the_next_once_it_is_gone(tmp_path: Path) -> None:
-    one, other = begin(tmp_path), begin(tmp_path)  # in the same moment
-    found = {first_line(one): one, first_line(other): other}
-    assert found.keys() == {"10000", "0"}
-    _, said = found["0"].communicate("")
-    assert said == "note: another run uses this machine; the threads of this one wait without spinning\n"
-    third = begin(tmp_path, CODE)
-    assert third.communicate("")[0] == "0\n"
-    found["10000"].kill()  # the kernel drops its lock
-    found["10000"].communicate()
-    fourth = begin(tmp_path, CODE)
-    assert fourth.communicate("") == ("10000\n", "")
+def test_threads_wait_asleep_while_another_run_is_there(tmp_path: Path) -> None:
+    one = Run(tmp_path)
+    assert one.line() == "10000"  # awake, so long
+    assert one.threads("MainThread watch")
+    other = Run(tmp_path)
+    assert other.line() == "10000"
+    for run in (one, other):
+        assert run.threads("MainThread crowd watch")  # more threads than cores: OpenMP lets none wait awake
+    one.process.kill()  # the kernel unlocks its file
+    assert one.said() == ""
+    assert other.threads("MainThread watch")
+    assert other.said() == "note: another run uses this machine; meanwhile the threads of both wait asleep\n"
 
 
 def test_what_the_user_set_is_kept_and_no_folder_is_needed(tmp_path: Path) -> None:
-    own = begin(tmp_path, CODE, GOMP_SPINCOUNT="7")
-    assert own.communicate("") == ("7\n", "") and not list(tmp_path.iterdir())
-    (tmp_path / f"active-threads-{os.getuid()}.lock").symlink_to(tmp_path / "elsewhere")  # laid there by somebody
-    laid = begin(tmp_path, CODE)
-    assert laid.communicate("") == ("10000\n", "") and not (tmp_path / "elsewhere").exists()
+    own = Run(tmp_path, GOMP_SPINCOUNT="7")
+    assert own.line() == "7" and own.threads("MainThread") and own.said() == "" and not list(tmp_path.iterdir())
+    (tmp_path / f"training-runs-{os.getuid()}.lock").symlink_to(tmp_path / "elsewhere")  # laid there by somebody
+    laid = Run(tmp_path)
+    assert laid.line() == "10000" and laid.threads("MainThread") and laid.said() == ""
+    assert not (tmp_path / "elsewhere").exists()
+
+
+FAULTS = """
+import resource, torch
+from engine.command import cli
+cli.keep_memory()
+def step():
+    return torch.ones(5_000_000)  # 20 MB, 4,883 pages
+step()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(20):
+    step()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def test_freed_memory_is_used_again(tmp_path: Path) -> None:
+    def faults(**environment: str) -> int:
+        kept = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
+        done = subprocess.run(
+            [sys.executable, "-c", FAULTS], cwd=ROOT, env=kept | environment, capture_output=True, text=True, check=True
+        )
+        return int(done.stdout)
+
+    assert faults() < 10_000  # the heap may grow once more
+    assert faults(MALLOC_MMAP_THRESHOLD_="65536") > 20 * 4_800  # the user's own word: anew each time

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
-import fcntl
 import functools
 import gc
 import importlib
@@ -13,7 +12,6 @@ import json
 import os
 import re
 import sys
-import tempfile
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,17 +25,12 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from engine import build, terminal
+from engine import build, terminal, waiting
 from engine.command import resume, sweep, typed
 from engine.command.help import directories_of, explained, help_text, known_names
 from engine.config import CONFIGS, RUNS, check, group_options
 from engine.errors import Interrupted, RequestError, RunError, interrupt_behind, one_line, printable, shortened
 from engine.run import compare, runs, trackers
-
-# After a parallel operation torch's threads (GNU OpenMP's) keep their cores busy for some 10 ms, waiting for the next.
-# That is time taken from the workers that read images. A thirtieth of it bridges the gaps within a training step. From
-# another run it takes whole cores, so only one run of a machine waits so.
-SPINS = "10000"
 
 LONGEST = 600  # characters of an error's line; of a longer one the end is kept too, which says what to do
 OF_EXPERIMENT = "WORDS_OF_EXPERIMENT"  # in the environment, which a launcher's processes have too
@@ -238,24 +231,6 @@ def _checked(config: DictConfig) -> dict[str, Any]:
     return resume.adopt(plain, overrides, directories) if plain.get("resume") else plain
 
 
-def choose_waiting() -> None:
-    """Before torch is imported: let the threads of one run of this machine wait actively, those of others asleep.
-
-    A lock that the kernel drops with its process decides which. How threads wait changes no result.
-    """
-    if "GOMP_SPINCOUNT" in os.environ or "torch" in sys.modules:
-        return
-    os.environ["GOMP_SPINCOUNT"] = SPINS
-    file = os.path.join(tempfile.gettempdir(), f"active-threads-{os.getuid()}.lock")
-    with contextlib.suppress(OSError):  # where no file can be made or locked it is as if alone
-        lock = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # stays open, and so locked, while the process lives
-        except BlockingIOError:
-            os.environ["GOMP_SPINCOUNT"] = "0"
-            print("note: another run uses this machine; the threads of this one wait without spinning", file=sys.stderr)
-
-
 def keep_memory() -> None:
     """Let glibc keep what is freed, up to 1 GB, for the next step, which needs as much again.
 
@@ -275,7 +250,7 @@ def _main(config: dict[str, Any]) -> Any:
     if config.get("resume") and (told := runs.finished_before(config)):
         print(told)
         return None
-    choose_waiting()
+    waiting.prepare()
     keep_memory()
     try:
         program = importlib.import_module(HydraConfig.get().job.name)
