@@ -31,9 +31,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from engine.waiting import SPINS  # noqa: E402
+from engine.process import keep_memory, spin  # noqa: E402
 
-os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # as the program does, before torch is imported
+spin()  # as the program does, before torch is imported; here, and so is memory, to the good of all
+keep_memory()
 os.chdir(ROOT)
 
 import torch  # noqa: E402  (the project is found first)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import ctypes
 import functools
 import gc
 import importlib
@@ -25,7 +23,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from engine import build, terminal, waiting
+from engine import build, process, terminal
 from engine.command import resume, sweep, typed
 from engine.command.help import directories_of, explained, help_text, known_names
 from engine.config import CONFIGS, RUNS, check, group_options
@@ -231,27 +229,13 @@ def _checked(config: DictConfig) -> dict[str, Any]:
     return resume.adopt(plain, overrides, directories) if plain.get("resume") else plain
 
 
-def keep_memory() -> None:
-    """Let glibc keep what is freed, up to 1 GB, for the next step, which needs as much again.
-
-    By itself it gives large tensors back to the kernel, and getting them anew, page by page, was a seventh of a CNN's
-    training step. What the user set counts. Other systems' allocators are left alone.
-    """
-    if "MALLOC_TRIM_THRESHOLD_" in os.environ or "MALLOC_MMAP_THRESHOLD_" in os.environ:
-        return
-    with contextlib.suppress(OSError, AttributeError):  # no glibc
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, the most it takes: blocks up to 32 MB come from what is kept
-        mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
-
-
 def _main(config: dict[str, Any]) -> Any:
     """Call main() of the entry point that is running; a run that does not come to its end is closed and marked so."""
     if config.get("resume") and (told := runs.finished_before(config)):
         print(told)
         return None
-    waiting.prepare()
-    keep_memory()
+    process.spin()
+    process.keep_memory()
     try:
         program = importlib.import_module(HydraConfig.get().job.name)
         if HydraConfig.get().job.name != "train":  # whose first optimizer imports as much again

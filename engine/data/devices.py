@@ -12,7 +12,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from engine import waiting
+from engine import process
 from engine.errors import RequestError, counted
 
 
@@ -48,7 +48,7 @@ def use_threads(number: int | None) -> None:
         print(f"note: num_threads={number}: more than the {counted(cores(), 'core')} to be had", file=sys.stderr)
     if number != torch.get_num_threads():
         torch.set_num_threads(number)
-    waiting.share_cores()
+    process.share_cores()
 
 
 _placed: WeakValueDictionary[tuple[int, torch.device], Tensor] = WeakValueDictionary()  # in use on a device

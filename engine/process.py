@@ -1,14 +1,16 @@
-"""How the threads of PyTorch's arithmetic wait for each other: awake while a run is alone on its machine, else asleep.
+"""The process on its machine: how the threads of PyTorch's arithmetic wait, and what memory it keeps.
 
 After a parallel operation GNU OpenMP's threads keep their cores busy, waiting for the next: by default some 10 ms,
 which is time taken from workers that read images. A thirtieth of it bridges the gaps within a training step; asleep a
 step takes a third longer. But two runs whose threads wait awake for cores that the other one has get two thirds of the
-work of one done. How threads wait changes no result.
+work of one done. So threads wait awake while a run is alone on its machine, else asleep. How they wait changes no
+result, and neither does where memory comes from.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import os
 import sys
@@ -22,12 +24,26 @@ _ours = False  # whether GOMP_SPINCOUNT is from here; how threads wait that the 
 _watched = False
 
 
-def prepare() -> None:
-    """Before torch is imported, and with it OpenMP: how long threads wait awake."""
+def spin() -> None:
+    """Before torch is imported, and with it OpenMP: let threads wait awake for a third of a millisecond."""
     global _ours
     if "GOMP_SPINCOUNT" not in os.environ and "torch" not in sys.modules:
         os.environ["GOMP_SPINCOUNT"] = SPINS
         _ours = True
+
+
+def keep_memory() -> None:
+    """Let glibc keep what is freed, up to 1 GB, for the next step, which needs as much again.
+
+    By itself it gives large tensors back to the kernel, and getting them anew, page by page, was a seventh of a CNN's
+    training step. What the user set counts. Other systems' allocators are left alone.
+    """
+    if "MALLOC_TRIM_THRESHOLD_" in os.environ or "MALLOC_MMAP_THRESHOLD_" in os.environ:
+        return
+    with contextlib.suppress(OSError, AttributeError):  # no glibc
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, the most it takes: blocks up to 32 MB come from what is kept
+        mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
 
 
 def share_cores() -> None:

@@ -14,10 +14,10 @@ from conftest import ROOT
 
 BEGIN = """
 import os, sys, threading
-from engine import waiting
-waiting.prepare()
+from engine import process
+process.spin()
 import torch
-waiting.share_cores()
+process.share_cores()
 print(os.environ["GOMP_SPINCOUNT"], flush=True)
 for _ in sys.stdin:
     print(*sorted(thread.name for thread in threading.enumerate()), flush=True)
@@ -83,8 +83,8 @@ def test_what_the_user_set_is_kept_and_no_folder_is_needed(tmp_path: Path) -> No
 
 FAULTS = """
 import resource, torch
-from engine.command import cli
-cli.keep_memory()
+from engine.process import keep_memory
+keep_memory()
 def step():
     return torch.ones(5_000_000)  # 20 MB, 4,883 pages
 step()
