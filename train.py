@@ -221,7 +221,7 @@ def row_of(progress: Progress, tally: Tally) -> dict[str, Any]:
 def frozen_memory() -> Iterator[None]:
     """What there is by now stays: Python's search for garbage, 0.2 s each time, passes it over inside."""
     gc.freeze()
-    gc.enable()  # off since the program began
+    gc.enable()  # off since the imports began
     try:
         yield
     finally:

@@ -33,6 +33,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from datasets import ImageData, digits, fashion_mnist  # noqa: E402
+from engine.data.devices import choose_device  # noqa: E402
+from engine.training.step import choose_precision  # noqa: E402
 
 THE_TUTORIAL = "the tutorial's own code"
 RECIPES = ("tutorial", "fashion_mnist_fast", "fashion_mnist_best", "digits_best")  # CIFAR-10 takes a GPU
@@ -115,14 +117,12 @@ def train(recipe: str, seed: int, folder: Path) -> tuple[float, float]:
 
 
 def machine() -> str:
-    """The processor, how many cores may be used, what of it low precision is made of, and torch."""
+    """The processor, its threads, what precision=auto takes on it, and torch."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
-    flags = next((line.split() for line in lines if line.startswith("flags")), [])
-    parts = [flag for flag in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if flag in flags][:1]
-    gpu = [torch.cuda.get_device_name()] if torch.cuda.is_available() else []
-    name = names[0] if names else platform.processor()
-    return ", ".join([*gpu, name, *parts, f"{torch.get_num_threads()} threads", f"torch {torch.__version__}"])
+    name, device = names[0] if names else platform.machine(), choose_device("auto")
+    precision = choose_precision("auto", device)
+    return f"{name}, {torch.get_num_threads()} threads, device {device}, {precision}, torch {torch.__version__}"
 
 
 def main() -> None:

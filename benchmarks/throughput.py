@@ -221,23 +221,10 @@ class Terminal:
 
 def tutorial(setup: Setup) -> Loop:
     """The loop of https://docs.pytorch.org/tutorials/beginner/basics/quickstart_tutorial.html, less its prints."""
-    from PIL import Image
-    from torch.utils.data import DataLoader, Dataset
-    from torchvision.transforms import ToTensor
+    from recipes import Samples
+    from torch.utils.data import DataLoader
 
-    class Samples(Dataset):
-        """As torchvision.datasets.FashionMNIST reads a sample."""
-
-        transform = ToTensor()
-
-        def __getitem__(self, index: int) -> tuple[Tensor, int]:
-            image = Image.fromarray(setup.images[index, 0].numpy())
-            return self.transform(image), int(setup.labels[index])
-
-        def __len__(self) -> int:
-            return len(setup.labels)
-
-    loader = DataLoader(Samples(), batch_size=setup.batch_size)
+    loader = DataLoader(Samples(setup.images, setup.labels), batch_size=setup.batch_size)
     model, criterion = setup.model(), nn.CrossEntropyLoss()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
 

@@ -65,7 +65,10 @@ def share_cores() -> None:
 
 
 def alone(lock: int) -> bool:
-    """Whether no other process has this file locked; ours stays locked."""
+    """Whether no other process has this file locked; ours stays locked.
+
+    Ours is unlocked for a moment, and who looks then may think itself alone until it looks again.
+    """
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import subprocess
 import sys
@@ -57,11 +56,8 @@ def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureF
     def run(entry: str, *arguments: str) -> Answer:
         monkeypatch.setattr(sys, "argv", [str(ROOT / f"{entry}.py"), *arguments])
         capfd.readouterr()
-        try:
-            with pytest.raises(SystemExit) as end:
-                launch(entry)
-        finally:
-            gc.enable()  # launch() turns it off; it counts on the process to end
+        with pytest.raises(SystemExit) as end:
+            launch(entry)
         out, err = capfd.readouterr()
         return Answer(int(end.value.code or 0), out, err)
 

@@ -5,12 +5,15 @@ And memory that was freed stays with the process.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
-from conftest import ROOT
+import pytest
+from conftest import ROOT, Call
 
 BEGIN = """
 import os, sys, threading
@@ -43,16 +46,16 @@ class Run:
         assert self.process.stdout is not None
         return self.process.stdout.readline().strip()
 
-    def threads(self, until: str) -> str:
-        """Its threads, once they are these; for as long as pytest lets the test wait."""
+    def threads(self, until: str) -> bool:
+        """Whether its threads become these within a minute; it looks every second."""
         assert self.process.stdin is not None
-        found = ""
-        while found != until:
+        for _ in range(600):
             self.process.stdin.write("\n")
             self.process.stdin.flush()
-            found = self.line()
-            assert self.process.poll() is None
-        return found
+            if self.line() == until:
+                return True
+            time.sleep(0.1)
+        return False
 
     def said(self) -> str:
         return self.process.communicate("")[1]
@@ -79,6 +82,15 @@ def test_what_the_user_set_is_kept_and_no_folder_is_needed(tmp_path: Path) -> No
     laid = Run(tmp_path)
     assert laid.line() == "10000" and laid.threads("MainThread") and laid.said() == ""
     assert not (tmp_path / "elsewhere").exists()
+
+
+def test_a_command_is_told_of_another_run(process: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GOMP_SPINCOUNT")
+    with (tmp_path / f"training-runs-{os.getuid()}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        answer = process("train", "debug=fast", TMPDIR=str(tmp_path))
+    assert answer.code == 0
+    assert answer.err == "note: another run uses this machine; meanwhile the threads of both wait asleep\n"
 
 
 FAULTS = """

@@ -40,7 +40,6 @@ def launch(entry: str) -> NoReturn:
     Help, TAB completion and every error in the configuration are answered here, before torch is imported. Exit codes:
     0, 2 for a wrong request, 1 for a failure at work, 130 for Ctrl-C, 141 where nobody reads on, 143 for SIGTERM.
     """
-    gc.disable()  # until all is imported: that stays, and the search for garbage would take a tenth of the time
     os.environ["PYTHON_COLORS"] = "0"  # tracebacks in colours are made of what may not be sent to a terminal
     terminal.guard()
     exit_code = 0
@@ -236,6 +235,7 @@ def _main(config: dict[str, Any]) -> Any:
         return None
     process.spin()
     process.keep_memory()
+    gc.disable()  # what imports make stays: to search it for garbage takes a tenth of their time
     try:
         program = importlib.import_module(HydraConfig.get().job.name)
         if HydraConfig.get().job.name != "train":  # whose first optimizer imports as much again
@@ -246,3 +246,5 @@ def _main(config: dict[str, Any]) -> Any:
     except BaseException as error:
         runs.abandon(error)
         raise
+    finally:
+        gc.enable()
