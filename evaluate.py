@@ -24,6 +24,7 @@ from engine.data.splits import Split, load_splits
 from engine.data.transforms import parse_transforms
 from engine.errors import RequestError, RunError, counted, printable, shortened
 from engine.pictures import evaluation, style
+from engine.process import share_cores
 from engine.run import checkpoint, runs, trust
 from engine.terminal import watched
 from engine.training.metrics import Mistakes, accuracy, evaluate, per_class
@@ -44,6 +45,8 @@ def main(config: dict[str, Any]) -> float:
     # The checkpoint, the data that it names or that was asked for, and the model.
     device, name = choose_device(config["device"]), config["split"]
     use_threads(config["num_threads"])
+    if device.type == "cpu":
+        share_cores(torch.get_num_threads())
     tta = config["tta"]
     path = Path(config["checkpoint"]) if config["checkpoint"] else runs.newest_best()
     saved = checkpoint.read(path)

@@ -26,6 +26,7 @@ from engine.data.mixing import Mixing
 from engine.data.splits import Split, class_counts, fingerprint, load_splits
 from engine.errors import RequestError
 from engine.pictures.curves import LiveCurves
+from engine.process import share_cores
 from engine.run import checkpoint, runs, trust
 from engine.run.saver import Saver
 from engine.run.state import Progress, RandomStates
@@ -173,6 +174,8 @@ def prepare_device(name: str, deterministic: bool, num_threads: int | None) -> t
     if deterministic != torch.are_deterministic_algorithms_enabled():  # to set it imports the compiler
         torch.use_deterministic_algorithms(deterministic)
     use_threads(num_threads)
+    if device.type == "cpu":
+        share_cores(torch.get_num_threads())
     return device
 
 

@@ -1,101 +1,125 @@
-"""Two runs at once on one machine beside one alone: `python benchmarks/two_runs.py` prints images a second.
+"""Two runs at once on one machine beside one alone: `python benchmarks/two_runs.py` prints steps a second.
 
-Each run is a `python train.py` of its own, on Fashion-MNIST (from the Debian package) with the CNN at batch 64. Of two
-runs the rate is that of epochs which both trained at the same time. The ways take turns; medians over the rounds.
-
-    one alone            as the program starts by itself
-    one that spins       GOMP_SPINCOUNT=10000, as every run did before: a run alone should lose nothing
-    two, both spinning   what looking for another run is there to prevent
-    two, same second     started together, as the program does by itself
-    two, 5 s apart       the second after the first has begun
+Each run is a process that trains the CNN on Fashion-MNIST (from the Debian package) with the program's own batches and
+step, at batch 64. Speeds of shared machines change within minutes, so both train for some seconds, then one of them is
+stopped while the other goes on, then both again, and so on; each ratio is of two such neighbours. For comparison the
+same with threads that wait awake all the time and take no turns.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
+import contextlib
+import mmap
 import os
 import shutil
+import signal
 import statistics
+import struct
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-RUN = ["model=cnn", "dataset=fashion_mnist", "batch_size=64", "dataset.val_fraction=0", "dataset.limit=20000"]
+sys.path.insert(0, str(ROOT))
+
+SETTLES = 3.5  # seconds; longer than a run waits for the turn of one that was stopped
 
 
-def start(folder: Path, name: str, epochs: int, spins: str | None) -> subprocess.Popen[bytes]:
-    """Begin a run in a folder; `spins` None leaves the choice to the program."""
+def train(counter: Path, place: int) -> None:
+    """Train until killed, and note the number of steps at this place of a file."""
+    from engine import process
+
+    process.spin()
+    process.keep_memory()
+    import torch
+    from torch import nn
+
+    import datasets
+    from engine.data.batches import Batches
+    from engine.data.splits import Split
+    from engine.training.step import Step
+    from models.cnn import CNN
+
+    process.share_cores(torch.get_num_threads())
+    cpu = torch.device("cpu")
+    with contextlib.redirect_stdout(sys.stderr):
+        part = datasets.fashion_mnist(str(ROOT / "data")).train
+    split = Split(part, torch.arange(len(part[0])), 10)
+    batches = Batches(split, [], cpu, batch_size=64, seed=0, num_workers=0, training=True)
+    model = CNN((1, 28, 28), 10)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    step = Step(model, optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0), cpu, batch_size=64)
+    criterion, done = nn.CrossEntropyLoss(), 0
+    with counter.open("r+b") as file, mmap.mmap(file.fileno(), 16) as counts:
+        for epoch in range(1, 1_000_000):
+            for batch in batches.epoch(epoch):
+                for images, labels, share in step.micro_batches(*batch, criterion):
+                    step.backward(criterion(step.forward(images), labels), share)
+                step.update()
+                done += 1
+                struct.pack_into("q", counts, 8 * place, done)
+
+
+def ratios(spins: str | None, apart: float, rounds: int, seconds: float) -> tuple[list[float], list[float]]:
+    """(steps a second of two runs together as a multiple of one alone, those of one alone), for each round."""
+    folder = Path(tempfile.mkdtemp())
+    counter = folder / "counter"
+    counter.write_bytes(bytes(16))
     kept = {key: value for key, value in os.environ.items() if key != "GOMP_SPINCOUNT"}
-    environment = kept | ({"GOMP_SPINCOUNT": spins} if spins else {}) | {"TMPDIR": str(folder)}
-    command = [sys.executable, str(ROOT / "train.py"), *RUN, f"epochs={epochs}", f"name={name}"]
-    return subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    kept |= {"TMPDIR": str(folder)} | ({"GOMP_SPINCOUNT": spins} if spins else {})
 
+    def rate() -> float:
+        before, start = struct.unpack("qq", counter.read_bytes()), time.monotonic()
+        time.sleep(seconds)
+        after = struct.unpack("qq", counter.read_bytes())
+        return (sum(after) - sum(before)) / (time.monotonic() - start)
 
-def epochs_of(folder: Path, name: str) -> list[dict[str, float]]:
-    """The rows of a run's metrics, as numbers."""
-    with (folder / "checkpoints" / name / "metrics.csv").open() as file:
-        return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
-
-
-def one(spins: str | None, epochs: int) -> float:
-    """Images a second of a run alone, its first epoch left out."""
-    folder = Path(tempfile.mkdtemp())
-    start(folder, "one", epochs, spins).wait()
-    rate = statistics.median(row["images_per_second"] for row in epochs_of(folder, "one")[1:])
-    shutil.rmtree(folder)
-    return rate
-
-
-def two(spins: str | None, epochs: int, seconds: float) -> float:
-    """Images a second of two runs together; the second is begun so many seconds after the first.
-
-    Both train until they are stopped. Counted are the epochs that began after both had trained one.
-    """
-    folder = Path(tempfile.mkdtemp())
-    names = ("first", "second")
     processes = []
-    for name in names:
-        processes.append(start(folder, name, 10_000, spins))
-        time.sleep(seconds if name == "first" else 0)
-    while any(not (folder / "checkpoints" / name / "metrics.csv").exists() for name in names):
-        time.sleep(0.2)
-    before = {name: len(epochs_of(folder, name)) for name in names}
-    while any(len(epochs_of(folder, name)) < before[name] + epochs for name in names):
-        time.sleep(0.2)
-    rows = {name: epochs_of(folder, name)[before[name] : before[name] + epochs] for name in names}
-    for process in processes:
-        process.terminate()
-        process.wait()
-    shutil.rmtree(folder)
-    return sum(statistics.median(row["images_per_second"] for row in rows[name]) for name in names)
+    together, alone = [], []
+    try:
+        for place in (0, 1):
+            command = [sys.executable, str(Path(__file__).resolve()), "--train", str(counter), str(place)]
+            processes.append(subprocess.Popen(command, env=kept))
+            time.sleep(apart * (place == 0))
+        while not all(struct.unpack("qq", counter.read_bytes())):
+            if any(process.poll() is not None for process in processes):
+                raise SystemExit("a run has ended before it trained")
+            time.sleep(0.1)
+        for number in range(rounds):
+            time.sleep(SETTLES)
+            both = rate()
+            processes[number % 2].send_signal(signal.SIGSTOP)
+            time.sleep(SETTLES)
+            alone.append(rate())
+            together.append(both / alone[-1])
+            processes[number % 2].send_signal(signal.SIGCONT)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+        shutil.rmtree(folder)
+    return together, alone
 
 
-def main() -> None:
-    """Print the medians, and each as a multiple of one run alone."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the medians."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3, help="of all ways (3)")
-    parser.add_argument("--epochs", type=int, default=3, help="counted of each run (3)")
-    asked = parser.parse_args()
-    ways = {
-        "one alone": lambda: one(None, asked.epochs + 1),
-        "one that spins": lambda: one("10000", asked.epochs + 1),
-        "two, both spinning": lambda: two("10000", asked.epochs, 0),
-        "two, same second": lambda: two(None, asked.epochs, 0),
-        "two, 5 s apart": lambda: two(None, asked.epochs, 5),
-    }
-    rates: dict[str, list[float]] = {way: [] for way in ways}
-    for _ in range(asked.rounds):
-        for way, measure in ways.items():
-            rates[way].append(measure())
-    alone = rates["one alone"]
-    print(f"{'':<20} images/s  of one alone (median of {asked.rounds} rounds)")
-    for way, found in rates.items():
-        share = statistics.median(rate / base for rate, base in zip(found, alone, strict=True))
-        print(f"{way:<20} {statistics.median(found):>8,.0f}  {share:.2f}")
+    parser.add_argument("--rounds", type=int, default=10, help="of each way (10)")
+    parser.add_argument("--seconds", type=float, default=4, help="of a measurement (4)")
+    parser.add_argument("--train", nargs=2, help=argparse.SUPPRESS)
+    asked = parser.parse_args(arguments)
+    if asked.train:
+        return train(Path(asked.train[0]), int(asked.train[1]))
+    ways = {"same second": (None, 0), "5 s apart": (None, 5), "both awake, no turns": ("10000", 0)}
+    print(f"{'two runs, started':<21} of one alone (median of {asked.rounds}; from, to)  one alone, steps/s")
+    for name, (spins, apart) in ways.items():
+        found, alone = ratios(spins, apart, asked.rounds, asked.seconds)
+        spread = f"{statistics.median(found):.2f} ({min(found):.2f}, {max(found):.2f})"
+        print(f"{name:<21} {spread:<43} {statistics.median(alone):,.0f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from typing import Any
 
 from engine.errors import RequestError, RunError, cause, did_you_mean, one_line, shortened
@@ -29,6 +30,8 @@ def locate(target: str, option: str) -> Any:
             raise RequestError(f"{option}={target}: {module_name} cannot be imported: {cause(error)}") from error
         for part in parts[cut:]:
             if not hasattr(found, part):
+                with suppress(Exception):
+                    return importlib.import_module(target)  # a module, which need not have been imported yet
                 near = did_you_mean(part, [n for n in vars(found) if not n.startswith("_")])
                 raise RequestError(f"{option}={target}: {module_name} has no {part!r}{near}")
             found = getattr(found, part)

@@ -2,9 +2,9 @@
 
 After a parallel operation GNU OpenMP's threads keep their cores busy, waiting for the next: by default some 10 ms,
 which is time taken from workers that read images. A thirtieth of it bridges the gaps within a training step; asleep a
-step takes a third longer. But two runs whose threads wait awake for cores that the other one has get two thirds of the
-work of one done. So threads wait awake while a run is alone on its machine, else asleep. How they wait changes no
-result, and neither does where memory comes from.
+step takes a third longer. But of two runs each of whose threads waits awake for a core that the other one has, both
+get a fifth done. So runs that want all the same cores take turns. Neither changes a result, nor does where memory
+comes from.
 """
 
 from __future__ import annotations
@@ -15,13 +15,18 @@ import fcntl
 import os
 import sys
 import tempfile
-import threading
 import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
 
 SPINS = "10000"  # GOMP_SPINCOUNT
+TURN = 0.05  # seconds; to change over costs a hundredth of it
+PATIENCE = 3.0  # seconds; whoever has the turn may have been stopped (Ctrl-Z), or wait for its images
+PATIENCE_LATER = TURN / 10  # each time; so it is had again soon after whoever has it passes it on again
 
+Item = TypeVar("Item")
 _ours = False  # whether GOMP_SPINCOUNT is from here; how threads wait that the user has set is left alone
-_watched = False
+_turns: Turns | None = None
 
 
 def spin() -> None:
@@ -46,54 +51,92 @@ def keep_memory() -> None:
         mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
 
 
-def share_cores() -> None:
-    """From now on look every second whether another run is on this machine: while one is, threads wait asleep.
+def share_cores(threads: int) -> None:
+    """From now on take turns with other runs that want all of the same cores; so many threads are this one's.
 
-    Runs find each other by a file that each has locked, and the kernel unlocks it when a process ends.
+    A run that leaves cores to others, as the jobs of a parallel sweep do, takes no turns.
     """
-    global _watched
-    if not _ours or _watched:
+    global _turns
+    told, _turns = _turns is not None, None
+    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()  # GNU OpenMP is Linux' alone
+    if not _ours or len(cores) == 1 or threads < len(cores):
         return
-    path = os.path.join(tempfile.gettempdir(), f"training-runs-{os.getuid()}.lock")
     with contextlib.suppress(OSError):  # where no file can be made or locked it is as if alone
-        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        fcntl.flock(lock, fcntl.LOCK_SH)
-        if not alone(lock):
-            print("note: another run uses this machine; meanwhile the threads of both wait asleep", file=sys.stderr)
-        _watched = True
-        threading.Thread(target=_watch, args=(lock,), name="watch", daemon=True).start()
+        turns = Turns(f"training-runs-{os.getuid()}-{sum(1 << core for core in cores):x}")
+        if not turns.take(0) and not told:
+            print("note: another run uses these cores; the two take turns", file=sys.stderr)
+        turns.give()
+        _turns = turns
 
 
-def alone(lock: int) -> bool:
-    """Whether no other process has this file locked; ours stays locked.
-
-    Ours is unlocked for a moment, and who looks then may think itself alone until it looks again.
-    """
+def in_turns(batches: Iterable[Item]) -> Iterator[Item]:
+    """The same batches; while other runs want the cores, it is between two of them that others get their turn."""
+    turns = _turns
+    if turns is None:
+        yield from batches
+        return
+    turns.take()
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
+        for batch in batches:
+            yield batch
+            if time.monotonic() - turns.since > TURN:
+                turns.give()
+                turns.take()
     finally:
-        fcntl.flock(lock, fcntl.LOCK_SH)
-    return True
+        turns.give()
 
 
-def _watch(lock: int) -> None:
-    over: threading.Event | None = None  # while another run is there
-    while True:
-        if alone(lock):
-            if over:
-                over.set()
-            over = None
-        elif not over:
-            over = threading.Event()
-            threading.Thread(target=_crowd, args=(over,), name="crowd", daemon=True).start()
-        time.sleep(1)
+class Turns:
+    """Whose turn it is: whoever has the file `turn` locked. Who is next has locked `next`, and waits.
+
+    The second keeps who has just had its turn from taking it again before who waits. The kernel unlocks both when a
+    process ends.
+    """
+
+    def __init__(self, name: str) -> None:
+        path = os.path.join(tempfile.gettempdir(), name)
+        self.turn, self.next = _Lock(path + ".turn"), _Lock(path + ".next")
+        self.since = 0.0  # when it was last taken, or not to be had
+        self.patience = PATIENCE
+
+    def take(self, patience: float | None = None) -> bool:
+        """Wait for the turn; who has waited too long goes on without it, and from then on asks for it in passing."""
+        until = time.monotonic() + (self.patience if patience is None else patience)
+        pause, got = 0.8 * TURN, True  # whoever has the turn has most of it before it, and asking takes time from that
+        for lock in (self.next, self.turn):
+            while got and not lock.take():
+                left = until - time.monotonic()
+                got = left > 0
+                time.sleep(max(0.0, min(pause, left)))
+                pause = 0.0005
+        self.next.give()
+        self.since = time.monotonic()
+        if patience is None:
+            self.patience = PATIENCE if got else PATIENCE_LATER
+        return got
+
+    def give(self) -> None:
+        """Let another run have the turn."""
+        self.turn.give()
 
 
-def _crowd(over: threading.Event) -> None:
-    """Be a second set of OpenMP's threads: while a process has more of them than cores it lets none wait awake."""
-    import torch
+class _Lock:
+    """A file that one process at a time has locked."""
 
-    torch.zeros(1 << 18).add_(1)  # large enough to be shared out among threads
-    over.wait()
+    def __init__(self, path: str) -> None:
+        self.file = open(path, "ab", opener=_open)  # noqa: SIM115
+
+    def take(self) -> bool:
+        """Whether it could be locked, without waiting: flock itself would wait for ever."""
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    def give(self) -> None:
+        fcntl.flock(self.file, fcntl.LOCK_UN)
+
+
+def _open(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW, 0o600)  # a link may have been laid there by somebody

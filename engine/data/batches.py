@@ -28,6 +28,7 @@ from engine.data.splits import Split
 from engine.data.transforms import PerImage, apply, parse_transforms
 from engine.data.workers import Workers
 from engine.errors import RequestError, RunError, counted, one_line, out_of_memory
+from engine.process import in_turns
 from engine.terminal import log, watched
 
 MOST_OF_STREAM = 1 << 24  # samples of a batch; of other data sets there are only so many
@@ -178,7 +179,8 @@ class Batches:
         if start and start >= len(self):
             return  # resumed where the last batch was done
         with self._memory_told(self.micro_batch_size):
-            yield from self._epoch(epoch, start)
+            batches = self._epoch(epoch, start)
+            yield from in_turns(batches) if self.device.type == "cpu" else batches
 
     @contextmanager
     def _memory_told(self, samples: int) -> Iterator[None]:

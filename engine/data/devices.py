@@ -12,7 +12,6 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from engine import process
 from engine.errors import RequestError, counted
 
 
@@ -39,16 +38,12 @@ _OWN_THREADS = torch.get_num_threads()  # PyTorch's choice, before a job of a sw
 
 
 def use_threads(number: int | None) -> None:
-    """Let PyTorch's arithmetic on the CPU use so many threads; None is its own choice. More than cores is told.
-
-    They are shared with other runs of this machine from now on.
-    """
+    """Let PyTorch's arithmetic on the CPU use so many threads; None is its own choice. More than cores is told."""
     number = _OWN_THREADS if number is None else number
     if number > max(cores(), _OWN_THREADS):
         print(f"note: num_threads={number}: more than the {counted(cores(), 'core')} to be had", file=sys.stderr)
     if number != torch.get_num_threads():
         torch.set_num_threads(number)
-    process.share_cores()
 
 
 _placed: WeakValueDictionary[tuple[int, torch.device], Tensor] = WeakValueDictionary()  # in use on a device
