@@ -10,6 +10,7 @@ import io
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,23 @@ from engine import files
 from engine.data.batches import Batches
 from engine.data.devices import choose_device, use_threads
 from engine.data.download import no_downloads
-from engine.data.splits import Split, load_splits
+from engine.data.splits import COMMON, OF_FILES, Split, load_splits
 from engine.data.transforms import parse_transforms
 from engine.errors import RequestError, RunError, counted, printable, shortened
 from engine.pictures import evaluation, style
 from engine.process import share_cores
 from engine.run import checkpoint, runs, trust
-from engine.terminal import watched
-from engine.training.metrics import Mistakes, accuracy, evaluate, per_class
+from engine.terminal import aligned, watched
+from engine.training.metrics import (
+    Mistakes,
+    Ranking,
+    accuracy,
+    balanced_accuracy,
+    evaluate,
+    mcnemar,
+    per_class,
+    wilson,
+)
 
 # Settings of a data set that evaluating has no use for: names that are imported, and files that are written.
 ONLY_FOR_TRAINING = ("target_transform", "train_transforms", "cache", "cache_dir", "skip_unreadable")
@@ -37,114 +47,252 @@ WIDEST = 60  # characters of a class name in the table
 
 
 def main(config: dict[str, Any]) -> float:
-    """Evaluate as the checked configuration says, print the metrics, write evaluation.json and draw its pictures.
+    """Evaluate a checkpoint, or compare two, as the checked configuration says.
 
     Returns:
-        the accuracy, 0 to 1.
+        the accuracy, 0 to 1; of two checkpoints that of the first.
     """
-    # The checkpoint, the data that it names or that was asked for, and the model.
-    device, name = choose_device(config["device"]), config["split"]
+    device = choose_device(config["device"])
     use_threads(config["num_threads"])
     if device.type == "cpu":
         share_cores(torch.get_num_threads())
-    tta = config["tta"]
-    path = Path(config["checkpoint"]) if config["checkpoint"] else runs.newest_best()
+    asked = config["checkpoint"]
+    if isinstance(asked, list):
+        return compare([Path(str(name)) for name in asked], config, device)
+    return evaluate_one(Path(asked) if asked else runs.newest_best(), config, device)
+
+
+def evaluate_one(path: Path, config: dict[str, Any], device: torch.device) -> float:
+    """Print a checkpoint's metrics, write evaluation.json and draw its pictures; returns the accuracy, 0 to 1."""
+    # The checkpoint, the data that it names or that was asked for, and the model.
+    name = config["split"]
     saved = checkpoint.read(path)
     output = Path(config["output"]) if config["output"] else path.parent / f"{evaluation.EVALUATION[name]}.json"
     check_output(output, path)
     config = settings_for(saved, config, path)
-    data = config["dataset"]
-    with no_downloads():
-        splits, named = load_splits(data, only=name)
-    data_classes = [printable(known) for known in named]
-    if name not in splits:
-        raise RequestError(f"split={name}: there is none with dataset.val_fraction={data['val_fraction']}")
-    split = splits[name]
-    how = {key: config[key] for key in ("batch_size", "seed", "num_workers")}  # no limit: the whole split
-    batches = Batches(split, data["eval_transforms"], device, **how)
-    model = model_of(saved, config, path, batches.sample_shape(), data_classes).to(device)
-    checkpoint.check_finite(model, path)
-    if tta == "flip":
-        model = Flipped(model)
-    classes = [printable(known) for known in saved.get("classes", data_classes)]
-    places = {known: number for number, known in enumerate(classes)}
-    numbers = torch.tensor([places[known] for known in data_classes], device=device)
+    subject = subject_of(path, saved, config, data_of(config), device)
 
     # Its predictions.
-    mistakes, batch_losses = Mistakes(), list[Tensor]()
-    shown = watched(by_name(batches, numbers, len(classes)), f"{name} split", len(batches))
-    loss, confusion = evaluate(model, shown, len(classes), mistakes, batch_losses)
-    samples = int(confusion.sum())
-    if not math.isfinite(loss):
-        raise RunError(f"{path}: the loss on the {name} split is {loss}: the model gives no finite numbers there")
+    mistakes = Mistakes()
+    found = predictions_of(subject, mistakes)
+    figures = found.figures()
 
     # What is printed and written.
-    of = f"{name} split of {config['choices']['dataset']}, {counted(samples, 'sample')}"
-    limit = f" (dataset.limit={data['limit']})" if data["limit"] else ""
-    print(f"{printable(str(path))}, {of}{limit}{', each image and its mirror image' if tta else ''}")
-    if len(data_classes) < len(classes):
-        print(f"the data has {len(data_classes)} of the model's {len(classes)} classes; they are compared by name")
-    elif data_classes != classes:
-        print("the data numbers its classes otherwise than the model; they are compared by name")
+    print(f"{printable(str(path))}, {described(config, found.samples)}")
+    if told := subject.about_classes():
+        print(told)
     if "config" not in saved:
         print(checkpoint.transforms_line(config))
-    print(f"accuracy {accuracy(confusion):.2%}, loss {loss:.4f}")
+    print(f"accuracy {figures['accuracy']:.2%}, loss {found.loss:.4f}")
+    print(further(figures, found.samples, len(subject.classes)))
     if "config" not in saved:  # whose training's script most likely averages so
-        plain = float(torch.stack(batch_losses).double().mean())
-        of = f"{len(batch_losses)} of {config['batch_size']}, a shorter last one counting as much as the others"
+        plain = float(torch.stack(found.batch_losses).double().mean())
+        of = f"{len(found.batch_losses)} of {config['batch_size']}, a shorter last one counting as much as the others"
         print(f"loss {plain:.6f} as the average of batches, {of}")
-    rows = per_class(confusion, classes)
+    rows = per_class(found.confusion, subject.classes)
     print(f"\n{table(rows)}")
-    files.write_json(
-        output,
-        {
-            "checkpoint": str(path),
-            "dataset": config["choices"]["dataset"],
-            "split": name,
-            "samples": samples,
-            "tta": tta,
-            "accuracy": accuracy(confusion),
-            "loss": loss,
-            "per_class": rows,
-            "confusion": confusion.tolist(),
-        },
-    )
+    about = {"checkpoint": str(path), **what_was_evaluated(config, found.samples), **figures}
+    files.write_json(output, {**about, "per_class": rows, "confusion": found.confusion.tolist()})
     listed = evaluation.beside(output, "mistakes", ".csv")
-    drawn = write_mistakes(mistakes, split, classes, listed, data["eval_transforms"])
-    counts, picture = confusion.cpu().numpy(), evaluation.beside(output, "confusion")
-    drawn &= style.draw(picture, evaluation.confusion_figure, counts, classes)
+    drawn = write_mistakes(mistakes, subject.split, subject.classes, listed, config["dataset"]["eval_transforms"])
+    counts, picture = found.confusion.cpu().numpy(), evaluation.beside(output, "confusion")
+    drawn &= style.draw(picture, evaluation.confusion_figure, counts, subject.classes)
     beside = f"{listed.name} and pictures" if drawn else listed.name
     print(f"\nwritten to {printable(str(output))}, {printable(beside)} beside it")
-    return accuracy(confusion)
+    return float(figures["accuracy"])
 
 
-class Flipped(nn.Module):
-    """The mean of a model's probabilities of an image and of its mirror image, as logits; test-time augmentation.
+def compare(paths: Sequence[Path], config: dict[str, Any], device: torch.device) -> float:
+    """Print and write how two checkpoints do on the same samples, and whether that could be chance.
 
-    Args:
-        model: takes images `[batch, channels, height, width]`, gives logits `[batch, num_classes]`.
+    Each sees the images as its own settings say. Returns the accuracy of the first, 0 to 1.
+    """
+    # Both checkpoints, and the samples, which have to be the same.
+    default = evaluation.beside(Path(evaluation.EVALUATION[config["split"]]), "comparison", ".json").name
+    output = Path(config["output"]) if config["output"] else paths[0].parent / default
+    subjects = both_of(paths, output, config, device)
+    config = subjects[0].config
+
+    # Their predictions.
+    one, two = [predictions_of(subject) for subject in subjects]
+    check_truths(subjects, one, two)
+    figures, samples = [one.figures(), two.figures()], one.samples
+    only_first, only_second = int((one.right & ~two.right).sum()), int((two.right & ~one.right).sum())
+    both, neither = int((one.right & two.right).sum()), int((~one.right & ~two.right).sum())
+    p_value = mcnemar(only_first, only_second)
+
+    # What is printed and written.
+    print(described(config, samples))
+    for subject in subjects:
+        for told in filter(None, (subject.about_classes(), subject.about_transforms())):
+            print(f"{printable(str(subject.path))}: {told}")
+    print(f"\n{comparison_table(paths, figures)}\n")
+    right = f"only the first is right on {only_first:,}, only the second on {only_second:,}"
+    print(f"{right}, both on {both:,}, neither on {neither:,}")
+    print(f"McNemar's exact test: {verdict(p_value, only_first, only_second, paths)}")
+    result = {
+        "checkpoints": [{"checkpoint": str(path), **own} for path, own in zip(paths, figures, strict=True)],
+        **what_was_evaluated(config, samples),
+        "only_first_right": only_first,
+        "only_second_right": only_second,
+        "both_right": both,
+        "neither_right": neither,
+        "p_value": p_value,
+    }
+    files.write_json(output, result)
+    print(f"\nwritten to {printable(str(output))}")
+    return float(figures[0]["accuracy"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A checkpoint and its data, and that they fit together
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A checkpoint's model and the samples that it is evaluated on, known to fit together.
+
+    Attributes:
+        path: the checkpoint.
+        saved: what it holds.
+        config: what it is evaluated with, as `settings_for` gives it.
+        split: the samples.
+        data_classes: the names of the data's classes, as the data numbers them.
+        classes: those of the model.
+        batches: images and labels on the device; labels as the data numbers them.
+        model: on the device.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
+    path: Path
+    saved: dict[str, Any]
+    config: dict[str, Any]
+    split: Split
+    data_classes: list[str]
+    classes: list[str]
+    batches: Batches
+    model: nn.Module
 
-    def forward(self, images: Tensor) -> Tensor:
-        """The logarithm of the mean, whose softmax is the mean."""
-        both = torch.stack([self.model(x).float().log_softmax(1) for x in (images, images.flip(3))])
-        return both.logsumexp(0) - math.log(2)
+    def about_classes(self) -> str:
+        """How the data's classes differ from the model's; empty where they do not."""
+        here, there = len(self.data_classes), len(self.classes)
+        if here < there:
+            return f"the data has {here} of the model's {there} classes; they are compared by name"
+        if self.data_classes != self.classes:
+            return "the data numbers its classes otherwise than the model; they are compared by name"
+        return ""
+
+    def about_transforms(self) -> str:
+        """How the images are prepared, where that is not known to be as in the model's training; else empty."""
+        if "config" not in self.saved:
+            return checkpoint.transforms_line(self.config)
+        used, own = (of["dataset"].get("eval_transforms") for of in (self.config, self.saved["config"]))
+        if used == own:
+            return ""
+        here, there = (shortened(checkpoint.as_text(transforms), 200) for transforms in (used, own))
+        return f"dataset.eval_transforms={here}; its training had {there}"
 
 
-def check_output(output: Path, path: Path) -> None:
-    """Refuse an output that cannot be written, before the work, and one that is the checkpoint itself."""
+def data_of(config: dict[str, Any]) -> tuple[Split, list[str]]:
+    """The samples that a configuration asks for, and the class names of the data; RequestError if there are none."""
+    data, name = config["dataset"], config["split"]
+    with no_downloads():
+        splits, named = load_splits(data, only=name)
+    if name not in splits:
+        raise RequestError(f"split={name}: there is none with dataset.val_fraction={data['val_fraction']}")
+    return splits[name], [printable(known) for known in named]
+
+
+def subject_of(
+    path: Path,
+    saved: dict[str, Any],
+    config: dict[str, Any],
+    data: tuple[Split, list[str]],
+    device: torch.device,
+) -> Subject:
+    """A checkpoint made ready to be evaluated on these samples; RequestError where they do not fit."""
+    split, data_classes = data
+    how = {key: config[key] for key in ("batch_size", "seed", "num_workers")}  # no limit: the whole split
+    batches = Batches(split, config["dataset"]["eval_transforms"], device, **how)
+    model = model_of(saved, config, path, batches.sample_shape(), data_classes).to(device)
+    checkpoint.check_finite(model, path)
+    classes = [printable(known) for known in saved.get("classes", data_classes)]
+    return Subject(path, saved, config, split, data_classes, classes, batches, model)
+
+
+def both_of(
+    paths: Sequence[Path], output: Path, config: dict[str, Any], device: torch.device
+) -> tuple[Subject, Subject]:
+    """Two checkpoints made ready to be evaluated on the same samples.
+
+    Raises:
+        RequestError: they do not fit their data, that is not or may not be the same, or the output cannot be written.
+    """
+    states = [checkpoint.read(path) for path in paths]
+    if paths[0].samefile(paths[1]):
+        raise RequestError(f"checkpoint=[{paths[0]},{paths[1]}]: the same file twice; name two different ones")
+    check_output(output, *paths)
+    a_bare_one = any("config" not in saved for saved in states)
+    settings = [settings_for(saved, config, path, a_bare_one) for saved, path in zip(states, paths, strict=True)]
+    named = [{k: v for k, v in own["dataset"].items() if not k.endswith("transforms")} for own in settings]
+    data = [data_of(settings[0])]
+    data.append(data[0] if named[0] == named[1] else data_of(settings[1]))
+    first, second = (
+        subject_of(path, saved, own, samples, device)
+        for path, saved, own, samples in zip(paths, states, settings, data, strict=True)
+    )
+    if not has_same_samples(first, second):
+        of = [f"{one.config['choices']['dataset']}, {counted(len(one.split), 'sample')}" for one in (first, second)]
+        raise RequestError(
+            f"{paths[0]} and {paths[1]} can only be compared on the same samples; theirs are not, or it cannot be told "
+            f"({of[0]}; {of[1]}); name one data set for both: dataset=, or a setting of it that differs"
+        )
+    return first, second
+
+
+def has_same_samples(first: Subject, second: Subject) -> bool:
+    """Whether two splits are known to be of the same samples in the same order."""
+    one, two = first.split, second.split
+    if one is two:
+        return True
+    if one.indices is None or two.indices is None:
+        return False
+    sources = [
+        {key: value for key, value in subject.config["dataset"].items() if key not in COMMON + OF_FILES}
+        for subject in (first, second)
+    ]
+    if sources[0] == sources[1]:
+        return torch.equal(one.indices, two.indices)
+    if isinstance(one.part, tuple) and isinstance(two.part, tuple):
+        return all(torch.equal(a[one.indices], b[two.indices]) for a, b in zip(one.part, two.part, strict=True))
+    return paths_of(one) is not None and paths_of(one) == paths_of(two)
+
+
+def paths_of(split: Split) -> list[str] | None:
+    """The files of a split's samples, links in their paths followed; None where they are no files."""
+    paths = getattr(split.part, "paths", None)
+    if paths is None or split.indices is None:
+        return None
+    return [os.path.realpath(str(paths[index])) for index in split.indices.tolist()]
+
+
+def check_output(output: Path, *checkpoints: Path) -> None:
+    """Refuse an output that cannot be written, before the work, and one that is a checkpoint itself."""
     if output.is_dir() or not os.access(output.parent, os.W_OK):
         raise RequestError(f"{output}: cannot be written; set output= to a file in a folder that exists")
-    if output.exists() and output.samefile(path):
+    if output.exists() and any(map(output.samefile, checkpoints)):
         raise RequestError(f"{output}: is the checkpoint; set output= to another file")
 
 
-def settings_for(saved: dict[str, Any], config: dict[str, Any], path: Path) -> dict[str, Any]:
+def settings_for(
+    saved: dict[str, Any], config: dict[str, Any], path: Path, beside_bare: bool = False
+) -> dict[str, Any]:
     """The configuration to evaluate with: the checkpoint's own, overridden by what was asked for.
+
+    Args:
+        saved: what the checkpoint holds.
+        config: what was asked for.
+        path: the checkpoint.
+        beside_bare: it is compared with a bare state_dict, of which `model=` and the transforms of `dataset=` are.
 
     Raises:
         RequestError: a bare state_dict without `model=` and `dataset=`, or a setting that the dataset does not have.
@@ -155,7 +303,7 @@ def settings_for(saved: dict[str, Any], config: dict[str, Any], path: Path) -> d
         how = {"seed": 0, "batch_size": config["batch_size"] or 64}
     else:
         for group in ("experiment", "model"):
-            if choices.get(group):
+            if choices.get(group) and not beside_bare:
                 raise RequestError(f"{group}={choices[group]}: {path} names its own model; leave {group}= out")
         own, ours = saved["config"], checkpoint.is_ours(saved)
         if not ours and len(saved["classes"]) > MOST_CLASSES:
@@ -164,6 +312,8 @@ def settings_for(saved: dict[str, Any], config: dict[str, Any], path: Path) -> d
         if not choices.get("dataset"):
             data = {key: value for key, value in own["dataset"].items() if key not in ONLY_FOR_TRAINING}
             _, dataset = trust.settings_of("dataset", own | {"dataset": data}, path, ours=ours, typed=dataset)
+        elif beside_bare:
+            dataset = {**dataset, "eval_transforms": how["eval_transforms"]}
         choices = {**own["choices"], **{group: option for group, option in choices.items() if option}}
     if dataset.get("cache"):
         print("dataset.cache=true: not used here, as evaluating writes nothing but its results")
@@ -211,6 +361,85 @@ def few(names: Sequence[str], most: int = 5) -> str:
     return ", ".join(shown) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Predictions
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a model made of the samples.
+
+    Attributes:
+        loss: mean cross-entropy.
+        confusion: counts int64 `[num_classes, num_classes]`, rows the true class, columns the predicted.
+        ranking: how high the true classes stand.
+        batch_losses: the mean loss of each batch.
+        classes: the names of the model's classes.
+    """
+
+    loss: float
+    confusion: Tensor
+    ranking: Ranking
+    batch_losses: list[Tensor]
+    classes: list[str]
+
+    @property
+    def samples(self) -> int:
+        """How many there were."""
+        return int(self.confusion.sum())
+
+    @property
+    def right(self) -> Tensor:
+        """Which of them the model has right, bool `[n]`."""
+        return self.ranking.read()[1] == 0
+
+    def figures(self) -> dict[str, Any]:
+        """The metrics of all classes, 0 to 1 but for the loss; None where there is none."""
+        _, ranks = self.ranking.read()
+        areas = self.ranking.auc()
+        return {
+            "accuracy": accuracy(self.confusion),
+            "accuracy_interval": wilson(int(self.confusion.diagonal().sum()), self.samples),
+            "balanced_accuracy": balanced_accuracy(self.confusion),
+            "top5_accuracy": int((ranks < 5).sum()) / self.samples if len(self.classes) > 5 else None,
+            "auc": sum(areas.values()) / len(areas) if areas else None,
+            "auc_per_class": None if areas is None else {self.classes[label]: area for label, area in areas.items()},
+            "loss": self.loss,
+        }
+
+
+def predictions_of(subject: Subject, mistakes: Mistakes | None = None) -> Found:
+    """Let a model predict all samples; `mistakes`, if given, takes them in.
+
+    Raises:
+        RunError: it gives no finite numbers.
+    """
+    name, device = subject.config["split"], subject.batches.device
+    model = Flipped(subject.model) if subject.config["tta"] == "flip" else subject.model
+    places = {known: number for number, known in enumerate(subject.classes)}
+    numbers = torch.tensor([places[known] for known in subject.data_classes], device=device)
+    batches = by_name(subject.batches, numbers, len(subject.classes))
+    ranking, batch_losses = Ranking(), list[Tensor]()
+    shown = watched(batches, f"{name} split", len(subject.batches))
+    loss, confusion = evaluate(model, shown, len(subject.classes), mistakes, batch_losses, ranking)
+    if not math.isfinite(loss):
+        raise RunError(
+            f"{subject.path}: the loss on the {name} split is {loss}: the model gives no finite numbers there"
+        )
+    return Found(loss, confusion, ranking, batch_losses, subject.classes)
+
+
+def check_truths(subjects: Sequence[Subject], one: Found, two: Found) -> None:
+    """Refuse (RunError) to compare where a sample's true class is not the same for both models, by name."""
+    truths = [[found.classes[label] for label in found.ranking.read()[0].tolist()] for found in (one, two)]
+    if truths[0] != truths[1]:
+        first, second = subjects
+        raise RunError(
+            f"dataset={first.config['choices']['dataset']}: the samples that {second.path} was given are of other "
+            f"classes than those of {first.path}; compare on samples that do not change"
+        )
+
+
 def by_name(
     batches: Iterable[tuple[Tensor, Tensor]], numbers: Tensor, num_classes: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -228,6 +457,85 @@ def by_name(
             spread = labels.new_zeros(len(labels), num_classes)
             spread[:, numbers] = labels
             yield images, spread
+
+
+class Flipped(nn.Module):
+    """The mean of a model's probabilities of an image and of its mirror image, as logits; test-time augmentation.
+
+    Args:
+        model: takes images `[batch, channels, height, width]`, gives logits `[batch, num_classes]`.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The logarithm of the mean, whose softmax is the mean."""
+        both = torch.stack([self.model(x).float().log_softmax(1) for x in (images, images.flip(3))])
+        return both.logsumexp(0) - math.log(2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is printed and written
+
+
+def described(config: dict[str, Any], samples: int) -> str:
+    """What is evaluated, for the first line."""
+    data = config["dataset"]
+    limit = f" (dataset.limit={data['limit']})" if data["limit"] else ""
+    mirrored = ", each image and its mirror image" if config["tta"] else ""
+    return f"{config['split']} split of {config['choices']['dataset']}, {counted(samples, 'sample')}{limit}{mirrored}"
+
+
+def what_was_evaluated(config: dict[str, Any], samples: int) -> dict[str, Any]:
+    """The same for a file."""
+    return {
+        "dataset": config["choices"]["dataset"],
+        "split": config["split"],
+        "samples": samples,
+        "tta": config["tta"],
+    }
+
+
+def further(figures: dict[str, Any], samples: int, num_classes: int) -> str:
+    """The metrics beside accuracy and loss, on one line."""
+    low, high = figures["accuracy_interval"]
+    told = [f"95% interval {low:.2%} to {high:.2%}"]
+    if figures["top5_accuracy"] is not None:
+        told.append(f"top-5 {figures['top5_accuracy']:.2%}")
+    told.append(f"balanced {figures['balanced_accuracy']:.2%}")
+    areas = figures["auc_per_class"]
+    if areas is None:
+        told.append(f"no AUC: {samples:,} samples times {num_classes:,} classes are too many scores to keep")
+    elif not areas:
+        told.append("no AUC: all samples are of one class")
+    else:
+        of = f" over the {len(areas)} classes that have samples" if len(areas) < num_classes else ""
+        told.append(f"AUC {figures['auc']:.4f}{of}")
+    return ", ".join(told)
+
+
+def comparison_table(paths: Sequence[Path], figures: Sequence[dict[str, Any]]) -> str:
+    """Accuracy, its interval and loss of the checkpoints."""
+    rows = [("", "accuracy", "95% interval", "loss")]
+    for path, own in zip(paths, figures, strict=True):
+        low, high = own["accuracy_interval"]
+        name = printable(str(path))
+        rows.append((name, f"{own['accuracy']:.2%}", f"{low:.2%} to {high:.2%}", f"{own['loss']:.4f}"))
+    return aligned(zip(*rows, strict=True), (False, True, True, True))
+
+
+def verdict(p_value: float, only_first: int, only_second: int, paths: Sequence[Path]) -> str:
+    """What the p-value of McNemar's test says, in one sentence."""
+    if only_first == only_second == 0:
+        return "p = 1: no sample tells them apart"
+    p, share = f"= {p_value:.4f}", f"{p_value:.2%}"
+    if p_value < 0.0001:
+        p, share = "< 0.0001", "less than 0.01%"
+    better = printable(str(paths[0 if only_first > only_second else 1]))
+    said = f"{better} is better" if p_value < 0.05 else "no sign that one is better"
+    return f"p {p}: {said}; of two equally good models one would lead by as much in {share} of such tests"
 
 
 def names_of(split: Split, places: Tensor) -> tuple[str, list[str]]:

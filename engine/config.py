@@ -70,6 +70,7 @@ _KINDS: dict[str, tuple[str, Any]] = {  # of a value that is no list, or of any 
     "str": ("text", (str, int, float)),
     "list": ("a list", list),
     "str or list of str": ("text or a list of texts", (str, int, float, list)),
+    "str or list of 2 str": ("text or a list of 2 texts", (str, int, float, list)),
     "str or list of float": ("text or a list of numbers", (str, list)),
     "any": ("a value", object),
 }
@@ -110,9 +111,12 @@ class Setting:
             return self.nullable
         if self.kind == "str or list of float":
             return isinstance(value, str) or replace(self, kind="list of float").accepts(value)
-        if self.kind == "str or list of str":
+        if self.kind in ("str or list of str", "str or list of 2 str"):
             texts = value if isinstance(value, list) else [value]
-            return all(isinstance(text, (str, int, float)) and not isinstance(text, bool) for text in texts)
+            right_count = "2" not in self.kind or not isinstance(value, list) or len(value) == 2
+            return right_count and all(
+                isinstance(text, (str, int, float)) and not isinstance(text, bool) for text in texts
+            )
         if self.kind.startswith("list of "):
             *count, kind = self.kind.removeprefix("list of ").split()
             one = replace(self, kind=kind, nullable=False)
@@ -131,7 +135,7 @@ class Setting:
 
 
 _COMMENT = re.compile(
-    r"(?P<kind>int|float|bool|str or list of (?:str|float)|str|list(?: of (?:\d+ )?(?:int|float|str))?)"
+    r"(?P<kind>int|float|bool|str or list of (?:(?:2 )?str|float)|str|list(?: of (?:\d+ )?(?:int|float|str))?)"
     r"(?P<rule> (?:>=|>|in|one of) ?[^:]*?)?(?P<null> or null)?: (?P<meaning>.+)"
 )
 
@@ -290,7 +294,7 @@ def check(
             check_keyword(name, value)
             continue
         check_value(name, value, known)
-        if known[name].kind == "str" and isinstance(value, (int, float)):
+        if known[name].kind.startswith("str") and isinstance(value, (int, float)):
             put(plain, name, str(value))  # name=123 is text that looks like a number
     for name in known:
         if name not in values and name.partition(".")[0] not in moved:

@@ -217,6 +217,9 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     [
         ("evaluate best.pt split=val", "checkpoint", "best.pt"),
         ("evaluate run", "checkpoint", "run/best.pt"),
+        ("evaluate best.pt run", "checkpoint", ["best.pt", "run/best.pt"]),
+        ("evaluate 'checkpoint=[best.pt,run/best.pt]'", "checkpoint", ["best.pt", "run/best.pt"]),
+        ("evaluate checkpoint=123", "checkpoint", "123"),
         ("predict photo.png", "images", "photo.png"),
         ('predict photo.png "it\'s (1),2.png" top_k=2', "images", ["photo.png", "it's (1),2.png"]),
         ("predict top_k=2 run", "images", "run"),

@@ -8,9 +8,10 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -25,10 +26,13 @@ from torchvision.datasets import FashionMNIST
 from torchvision.transforms import ToTensor
 
 import datasets
-from engine.data.splits import load_splits
+from engine.data.images import ImageFiles
+from engine.data.splits import Split, load_splits
+from engine.errors import RunError
 from engine.pictures import style
 from engine.run import checkpoint, trust
-from evaluate import by_name
+from engine.training.metrics import Ranking
+from evaluate import by_name, check_truths, has_same_samples
 from models.mlp import MLP
 
 RUN_FILES = ("best.pt", "summary.json", "metrics.csv", ".hydra/config.yaml")
@@ -322,7 +326,9 @@ def write_colours(folder: Path, names: list[str], channels: list[int]) -> None:
                 Image.fromarray(pixels).save(place / f"{number}.png")
 
 
-def write_colour_model(file: Path, root: str, classes: list[str] = COLOURS, scale: float = 4.0, **run: Any) -> None:
+def write_colour_model(
+    file: Path, root: str, classes: list[str] = COLOURS, scale: float = 4.0, transforms: Sequence[Any] = (), **run: Any
+) -> None:
     """A checkpoint of an MLP that tells red, green and blue apart: its logits are the channels' means times `scale`."""
     model = MLP((3, 6, 6), 3, hidden=[3])
     with torch.no_grad():
@@ -334,7 +340,7 @@ def write_colour_model(file: Path, root: str, classes: list[str] = COLOURS, scal
     dataset = {"_target_": "datasets.image_folder", "root": root, "test_fraction": 0.5, "channels": 3}
     dataset |= {"max_pixels": 10_000, "skip_unreadable": False, "cache": False, "cache_dir": "data/cache"}
     dataset |= {"val_fraction": 0.0, "limit": None, "target_transform": None, "steps_per_epoch": None}
-    dataset |= {"train_transforms": [], "eval_transforms": []}
+    dataset |= {"train_transforms": [], "eval_transforms": list(transforms)}
     config: dict[str, Any] = {"model": {"_target_": "models.mlp.MLP", "hidden": [3], "dropout": 0.0}}
     config |= {"dataset": dataset, "choices": {"model": "mlp", "dataset": "image_folder"}, "seed": 0}
     config |= {"batch_size": 4, "limit_batches": None, **run}
@@ -433,6 +439,225 @@ def test_names_that_would_steer_a_terminal(call: Call, tmp_path: Path) -> None:
     )
     assert call("evaluate", "checkpoint=best.pt").code == 0
     assert "\\udcff.png" in (tmp_path / "mistakes.csv").read_text()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What an accuracy leaves open
+
+
+def test_further_figures_are_those_of_scikit_learn(call: Call, trained: Path) -> None:
+    reference = pytest.importorskip("sklearn.metrics", reason="needs scikit-learn: pip install '.[test]'")
+    stats = pytest.importorskip("scipy.stats", reason="comes with scikit-learn: pip install '.[test]'")
+    answer = call("evaluate")
+    result = json.loads((trained / "evaluation.json").read_text())
+    images, labels = cast(tuple[torch.Tensor, torch.Tensor], datasets.digits().test)
+    model = MLP((1, 8, 8), 10, hidden=[16])
+    model.load_state_dict(torch.load(trained / "best.pt", weights_only=True)["model"])
+    with torch.no_grad():
+        logits = model(images / 255).double()
+    probabilities, predicted = logits.softmax(1), logits.argmax(1)
+    interval = stats.binomtest(int((predicted == labels).sum()), 355).proportion_ci(method="wilson")
+    top5 = reference.top_k_accuracy_score(labels, logits, k=5)
+    balanced = reference.balanced_accuracy_score(labels, predicted)
+    auc = reference.roc_auc_score(labels, probabilities, average="macro", multi_class="ovr")
+    assert result["accuracy_interval"] == pytest.approx([interval.low, interval.high])
+    assert result["top5_accuracy"] == pytest.approx(top5) and result["balanced_accuracy"] == pytest.approx(balanced)
+    assert result["auc"] == pytest.approx(auc, abs=1e-6)
+    assert list(result["auc_per_class"]) == list(result["per_class"])
+    line = f"95% interval {interval.low:.2%} to {interval.high:.2%}, top-5 {top5:.2%}, balanced {balanced:.2%}, "
+    assert answer.out.splitlines()[2] == line + f"AUC {auc:.4f}"
+
+
+@pytest.mark.parametrize(
+    ("limit", "said", "classes"),
+    [
+        ("dataset.limit=7", " over the 7 classes that have samples", 7),
+        ("dataset.limit=1", ", no AUC: all samples are of one class", 0),
+        ("dataset.limit=8", ", no AUC: 8 samples times 10 classes are too many scores to keep", None),
+    ],
+)
+def test_classes_that_have_no_area(
+    call: Call, trained: Path, monkeypatch: pytest.MonkeyPatch, limit: str, said: str, classes: int | None
+) -> None:
+    monkeypatch.setattr(Ranking, "MOST", 79)
+    answer = call("evaluate", limit)
+    assert answer.code == 0 and answer.out.splitlines()[2].endswith(said)
+    result = json.loads((trained / "evaluation.json").read_text())
+    areas = result["auc_per_class"]
+    assert (areas if classes is None else len(areas)) == classes
+    assert result["auc"] == (pytest.approx(sum(areas.values()) / classes) if classes else None)
+
+
+def test_there_is_a_top_5_from_six_classes_on(call: Call, tmp_path: Path) -> None:
+    write_colours(tmp_path / "photos", COLOURS, channels=[0, 1, 2])
+    write_colour_model(tmp_path / "best.pt", "photos")
+    answer = call("evaluate", "checkpoint=best.pt")
+    result = json.loads((tmp_path / "evaluation.json").read_text())
+    assert "top-5" not in answer.out and result["top5_accuracy"] is None
+    assert result["auc_per_class"]["blue"] == 1  # all blue pictures are bluer than all others
+    assert result["accuracy_interval"] == pytest.approx([0.7018, 0.9881], abs=1e-4)  # of 14 of 15
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Two on the same samples
+
+
+def test_two_are_compared(call: Call, tmp_path: Path) -> None:
+    """The second takes red for green and green for red, and so has only the green picture right that is red.
+
+    It numbers its classes otherwise, and halves its weights for images that its transforms double.
+    """
+    write_colours(tmp_path / "photos", COLOURS, channels=[0, 1, 2])
+    write_colour_model(tmp_path / "a.pt", "photos")
+    doubled = [{"Normalize": {"mean": [0.0, 0.0, 0.0], "std": [0.5, 0.5, 0.5]}}]
+    (tmp_path / "other").mkdir()
+    write_colour_model(tmp_path / "other" / "b.pt", "photos", ["green", "red", "blue"], scale=2, transforms=doubled)
+    answer = call("evaluate", "a.pt", "other/b.pt", "num_workers=0")
+    assert answer.code == 0, answer.err
+    result = json.loads((tmp_path / "comparison.json").read_text())
+    first, second = result["checkpoints"]
+    assert (first["accuracy"], second["accuracy"]) == (14 / 15, 6 / 15)
+    assert first["loss"] == pytest.approx(sum(colour_losses(COLOURS)) / 15, rel=1e-5)
+    counts = [result[key] for key in ("only_first_right", "only_second_right", "both_right", "neither_right")]
+    assert counts == [9, 1, 5, 0] and result["samples"] == 15
+    assert result["p_value"] == pytest.approx(2 * (1 + 10) / 2**10)
+    lines = answer.out.splitlines()
+    assert lines[0] == "test split of image_folder, 15 samples"
+    assert "only the first is right on 9, only the second on 1, both on 5, neither on 0" in lines
+    verdict = next(line for line in lines if line.startswith("McNemar"))
+    assert "p = 0.0215: a.pt is better; " in verdict and "2.15%" in verdict
+    assert lines[1].startswith("a.pt: the data numbers") and lines[2].startswith("other/b.pt: the data numbers")
+    assert not any("eval_transforms" in line for line in lines)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pt", "comparison.json", "other", "photos"]
+    assert [path.name for path in (tmp_path / "other").iterdir()] == ["b.pt"]
+
+    # A bare state_dict is told what it is; the other keeps its transforms.
+    torch.save(torch.load("a.pt", weights_only=True)["model"], "bare.pth")
+    model = ["model=mlp", "model.hidden=[3]"]
+    data = [
+        "dataset=image_folder",
+        "dataset.root=photos",
+        "dataset.channels=3",
+        "dataset.eval_transforms=[]",
+        "num_workers=0",
+    ]
+    answer = call("evaluate", "checkpoint=[bare.pth,other/b.pt]", *model, *data, "output=bare.json")
+    assert answer.code == 0, answer.err
+    own = json.loads((tmp_path / "bare.json").read_text())["checkpoints"][1]
+    assert own["loss"] == second["loss"] and "other/b.pt: dataset.eval_transforms" not in answer.out
+    assert "bare.pth: dataset.eval_transforms=[]" in answer.out
+
+    # With data that was named, both see it as was typed, which is said.
+    answer = call("evaluate", "checkpoint=[a.pt,other/b.pt]", *data)
+    assert answer.code == 0, answer.err
+    assert "other/b.pt: dataset.eval_transforms=[]; its training had [{Normalize: {" in answer.out
+    assert json.loads((tmp_path / "comparison.json").read_text())["checkpoints"][1]["loss"] != second["loss"]
+    assert "leave model= out" in call("evaluate", "checkpoint=[a.pt,other/b.pt]", *model).error
+
+
+def test_a_comparison_of_another_split_with_mirror_images(call: Call, trained: Path, tmp_path: Path) -> None:
+    shutil.copy(trained / "best.pt", tmp_path / "copy.pt")
+    how = ("split=val", "tta=flip", "dataset.limit=50")
+    alone = call("evaluate", *how)
+    answer = call("evaluate", "checkpoint=[copy.pt,checkpoints/run/best.pt]", *how)
+    assert answer.code == 0, answer.err
+    assert "val split of digits, 50 samples (dataset.limit=50), each image and its mirror image" in answer.out
+    assert "p = 1: no sample tells them apart" in answer.out
+    result = json.loads((tmp_path / "comparison_val.json").read_text())
+    assert result["tta"] == "flip" and result["split"] == "val"
+    assert result["both_right"] + result["neither_right"] == 50
+    assert figures(alone.out)[0][0] == f"{result['both_right'] / 50:.2%}"
+
+
+def test_two_that_saw_other_samples_are_not_compared(call: Call, tmp_path: Path) -> None:
+    for folder in ("photos", "copies"):
+        write_colours(tmp_path / folder, COLOURS, channels=[0, 1, 2])
+    (tmp_path / "link").symlink_to("photos")
+    for name, root in (("a", "photos"), ("b", "copies"), ("c", "link")):
+        write_colour_model(tmp_path / f"{name}.pt", root)
+    said = call("evaluate", "checkpoint=[a.pt,b.pt]").error
+    assert said.startswith("a.pt and b.pt can only be compared on the same samples") and "image_folder, 15" in said
+    assert not (tmp_path / "comparison.json").exists()
+    assert call("evaluate", "checkpoint=[a.pt,b.pt]", "dataset.root=copies", "num_workers=0").code == 0
+    assert call("evaluate", "checkpoint=[a.pt,c.pt]", "num_workers=0").code == 0  # another way to the same files
+
+
+def test_when_samples_are_known_to_be_the_same() -> None:
+    def known(one: tuple[Any, list[int] | None, dict[str, Any]], two: tuple[Any, list[int] | None, Any]) -> bool:
+        subjects = [
+            SimpleNamespace(
+                split=Split(part, None if places is None else torch.tensor(places), 2), config={"dataset": settings}
+            )
+            for part, places, settings in (one, two)
+        ]
+        return has_same_samples(*cast(Any, subjects))
+
+    images = torch.arange(24, dtype=torch.uint8).view(6, 1, 2, 2)
+    labels = torch.tensor([0, 1, 0, 1, 0, 1])
+    here, there = {"root": "here", "val_fraction": 0.1}, {"root": "there", "val_fraction": 0.1}
+    more = {"root": "here", "val_fraction": 0.2}
+    part, same, shuffled = (images, labels), (images.clone(), labels.clone()), (images.flip(0), labels.flip(0))
+    assert known((part, [1, 2], here), (same, [1, 2], more)) and not known((part, [1, 2], here), (same, [1, 3], more))
+    assert known((part, [1, 2], here), (same, [1, 2], there))
+    assert not known((part, [1, 2], here), (shuffled, [1, 2], there))
+    assert known((part, [0, 1], here), (shuffled, [5, 4], there))
+    assert not known((part, [0, 1], here), ((images, labels.flip(0)), [0, 1], there))
+    files = ImageFiles(["a.png", "b.png"], [0, 1])
+    assert known((files, [0, 1], here), (ImageFiles([f"{Path.cwd()}/a.png", "b.png"], [0, 1]), [0, 1], there))
+    assert not known((files, [0, 1], here), (files, [1, 0], there))
+    assert not known((files, [0, 1], here), (part, [0, 1], there))
+    nothing_tells = object()
+    assert not known((nothing_tells, [0], here), (nothing_tells, [0], there))
+    assert not known((nothing_tells, None, here), (nothing_tells, None, here))
+
+
+def test_samples_that_change_are_not_compared() -> None:
+    """Their true classes differ, by name."""
+
+    def found(labels: list[int], classes: list[str]) -> Any:
+        ranking = Ranking()
+        ranking.add(torch.zeros(len(labels), 3), torch.tensor(labels))
+        return SimpleNamespace(ranking=ranking, classes=classes)
+
+    subjects = cast(Any, [SimpleNamespace(path=name, config={"choices": {"dataset": "x"}}) for name in "ab"])
+    check_truths(subjects, found([0, 1, 2], COLOURS), found([2, 1, 0], COLOURS[::-1]))
+    for labels in ([0, 1, 2], [2, 1]):
+        with pytest.raises(RunError, match=r"^dataset=x: the samples that b was given are of other classes than"):
+            check_truths(subjects, found([0, 1, 2], COLOURS), found(labels, COLOURS[::-1]))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["checkpoint=[best.pt,run/best.pt]"], "the same file twice"),
+        (["checkpoint=[best.pt]"], "checkpoint=[best.pt]: expected text or a list of 2 texts"),
+        (["checkpoint=[best.pt,b.pt,c.pt]"], "expected text or a list of 2 texts"),
+        (["checkpoint=[best.pt,nowhere.pt]"], "nowhere.pt: no such checkpoint"),
+        (["checkpoint=[best.pt,run]"], "run: a folder; expected a checkpoint file such as run/best.pt"),
+        (["best.pt", "copy.pt", "output=copy.pt"], "copy.pt: is the checkpoint"),
+        (["best.pt", "copy.pt", "dataset.val_fraction=0", "split=val"], "split=val: there is none"),
+        (["best.pt", "copy.pt", "run"], "two are compared at a time, there are 3: -m checkpoint=A.pt,B.pt"),
+        (["checkpoint=best.pt,copy.pt"], "need -m: python evaluate.py -m ...; a list is typed checkpoint=[best.pt,"),
+    ],
+)
+def test_comparisons_that_are_refused(
+    call: Call, trained: Path, tmp_path: Path, arguments: list[str], said: str
+) -> None:
+    shutil.copy(trained / "best.pt", tmp_path / "best.pt")
+    shutil.copy(trained / "best.pt", tmp_path / "copy.pt")
+    (tmp_path / "run").mkdir()
+    os.link(tmp_path / "best.pt", tmp_path / "run" / "best.pt")
+    before = sorted(path.name for path in tmp_path.rglob("*"))
+    assert said in call("evaluate", *arguments).error
+    assert sorted(path.name for path in tmp_path.rglob("*")) == before
+
+
+def test_several_are_evaluated_one_after_the_other(call: Call, trained: Path, tmp_path: Path) -> None:
+    shutil.copy(trained / "best.pt", tmp_path / "copy.pt")
+    answer = call("evaluate", "-m", "checkpoint=copy.pt,checkpoints/run/best.pt", "dataset.limit=20")
+    assert answer.code == 0, answer.err
+    assert len(figures(answer.out)) == 2
+    assert (tmp_path / "evaluation.json").exists() and (trained / "evaluation.json").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

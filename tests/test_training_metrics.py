@@ -4,13 +4,26 @@ from __future__ import annotations
 
 import copy
 import math
+from fractions import Fraction
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from engine.errors import RunError
-from engine.training.metrics import Mistakes, Tally, accuracy, class_of, evaluate, loss_name, per_class
+from engine.training.metrics import (
+    Mistakes,
+    Ranking,
+    Tally,
+    accuracy,
+    balanced_accuracy,
+    class_of,
+    evaluate,
+    loss_name,
+    mcnemar,
+    per_class,
+    wilson,
+)
 
 CPU = torch.device("cpu")
 LN3 = math.log(3.0)  # the logits (ln 3, 0) mean the probabilities 3/4 and 1/4
@@ -372,6 +385,126 @@ def test_mistakes_of_probability_labels_and_of_an_evaluation() -> None:
     images, (truths, predictions, probabilities) = read(mistakes)
     assert torch.equal(images, as_images([0], 2))
     assert (truths, predictions) == ([1], [0]) and probabilities == pytest.approx([0.75])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How high the true class stands, and one class against the rest
+
+
+def ranked(logits: Tensor, labels: Tensor, size: int = 4) -> Ranking:
+    ranking = Ranking()
+    for rows, truths in zip(logits.split(size), labels.split(size), strict=True):
+        ranking.add(rows, truths)
+    return ranking
+
+
+def test_the_place_of_the_true_class() -> None:
+    """Of equal logits the first counts as higher, as argmax takes it: a model that says nothing is right by chance."""
+    logits = torch.tensor([[3.0, 1.0, 2.0], [3.0, 1.0, 2.0], [3.0, 1.0, 2.0], [5.0, 5.0, 5.0], [5.0, 5.0, 5.0]])
+    truths, ranks = ranked(logits, torch.tensor([0, 1, 2, 0, 2]), size=2).read()
+    assert truths.tolist() == [0, 1, 2, 0, 2] and ranks.tolist() == [0, 2, 1, 0, 2]
+    soft = torch.tensor([[0.1, 0.2, 0.7]])
+    assert ranked(logits[:1], soft).read()[1].tolist() == [1]
+
+
+def test_the_area_under_the_curve_by_hand() -> None:
+    """Scores of class 1 are 1, 2, 2 where it is true and 0, 2, 3 elsewhere: of the 9 pairs 3 are won, 2 tied."""
+    scores = torch.tensor([1.0, 2.0, 2.0, 0.0, 2.0, 3.0])
+    logits = torch.stack([torch.zeros(6), scores], 1)  # of two classes: what one wins the other loses
+    areas = ranked(logits, torch.tensor([1, 1, 1, 0, 0, 0])).auc()
+    assert areas == {0: pytest.approx(4 / 9), 1: pytest.approx(4 / 9)}
+    assert ranked(logits, torch.ones(6, dtype=torch.int64)).auc() == {}  # no rest to tell it from
+    assert ranked(logits[:, [0, 1, 0]], torch.tensor([1, 1, 1, 0, 0, 0])).auc().keys() == {0, 1}  # type: ignore[union-attr]
+    alike = ranked(torch.ones(5, 3), torch.tensor([0, 1, 2, 0, 0])).auc()
+    assert alike == {0: 0.5, 1: 0.5, 2: 0.5}
+
+
+@pytest.mark.parametrize(("samples", "classes"), [(400, 7), (60, 12), (9, 6)])
+def test_rankings_are_those_of_scikit_learn(samples: int, classes: int) -> None:
+    """Rows come from a few, so that there are many ties; in the last two cases some classes have no samples."""
+    reference = pytest.importorskip("sklearn.metrics", reason="needs scikit-learn: pip install '.[test]'")
+    generator = torch.Generator().manual_seed(samples)
+    labels = torch.randint(0, classes if samples == 400 else classes - 2, (samples,), generator=generator)
+    rows = torch.randn(20, classes, generator=generator)
+    rows[torch.arange(20), torch.arange(20) % classes] += 1
+    logits = rows[(labels + torch.randint(0, 3, (samples,), generator=generator) * 6) % 20]
+    ranking = ranked(logits, labels, size=16)
+    truths, ranks = ranking.read()
+    assert truths.tolist() == labels.tolist()
+    for k in (1, 2, 5):
+        expected = reference.top_k_accuracy_score(labels, logits, k=k, labels=range(classes))
+        assert float((ranks < k).double().mean()) == pytest.approx(expected)
+
+    areas, probabilities = ranking.auc(), logits.double().softmax(1)
+    assert areas is not None and sorted(areas) == labels.unique().tolist()
+    for label, area in areas.items():
+        assert area == pytest.approx(reference.roc_auc_score(labels == label, probabilities[:, label]), abs=1e-12)
+    if samples == 400:
+        mean = reference.roc_auc_score(labels, probabilities, average="macro", multi_class="ovr")
+        assert sum(areas.values()) / len(areas) == pytest.approx(mean, abs=1e-12)
+
+
+def test_probabilities_that_round_to_zero_or_one_are_told_apart() -> None:
+    """1 - exp(-20), 1 - exp(-30) and 1 are all 1 as floats of 32 bits, exp(-110) and exp(-120) are 0."""
+    sure = torch.tensor([[0.0, -20.0], [0.0, -30.0], [0.0, -math.inf]])
+    assert ranked(sure, torch.tensor([1, 0, 0])).auc() == {0: 1.0, 1: 1.0}
+    unlikely = torch.tensor([[0.0, 0.0, -110.0], [0.0, 0.0, -120.0]])
+    assert ranked(unlikely, torch.tensor([2, 0])).auc() == {0: 0.5, 2: 1.0}
+
+
+def test_too_many_scores_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    for most, kept in ((30, True), (29, False)):
+        monkeypatch.setattr(Ranking, "MOST", most)
+        ranking = ranked(torch.eye(10, 3), torch.arange(10) % 3)
+        assert (ranking.auc() is not None) is kept and (ranking.scores is not None) is kept
+        assert len(ranking.read()[1]) == 10
+
+
+def test_a_ranking_does_not_wait_for_the_device() -> None:
+    """Tensors without content cannot be read, as those on a device cannot before it has worked them out."""
+    ranking = Ranking()
+    ranking.add(torch.ones(4, 3, device="meta"), torch.ones(4, dtype=torch.int64, device="meta"))
+    assert ranking.batches[0][1].shape == (4,)
+
+
+def test_each_class_counts_the_same_in_the_balanced_accuracy() -> None:
+    """Recalls of 9/10, 1/2 and, of a class without samples, none."""
+    confusion = torch.tensor([[9, 1, 0], [1, 1, 0], [0, 0, 0]])
+    assert balanced_accuracy(confusion) == pytest.approx((9 / 10 + 1 / 2) / 2)
+    reference = pytest.importorskip("sklearn.metrics", reason="needs scikit-learn: pip install '.[test]'")
+    truths, predicted = [0] * 10 + [1] * 2, [0] * 9 + [1] + [0, 1]
+    assert balanced_accuracy(confusion) == pytest.approx(reference.balanced_accuracy_score(truths, predicted))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What may be chance
+
+
+def test_the_interval_of_an_accuracy_is_wilsons() -> None:
+    """By hand: 5 of 10 with z = 1.96 is 0.5 -+ 1.96 * sqrt(2.5 + 0.9604) / 13.8416, about 0.2366 to 0.7634."""
+    assert wilson(5, 10) == (pytest.approx(0.2366, abs=5e-5), pytest.approx(0.7634, abs=5e-5))
+    stats = pytest.importorskip("scipy.stats", reason="comes with scikit-learn: pip install '.[test]'")
+    for right, samples in ((0, 1), (1, 1), (0, 355), (346, 355), (355, 355), (9_999_999, 10_000_000)):
+        found = stats.binomtest(right, samples).proportion_ci(0.95, method="wilson")
+        assert wilson(right, samples) == (pytest.approx(found.low, abs=1e-12), pytest.approx(found.high, abs=1e-12))
+        assert 0 <= wilson(right, samples)[0] < wilson(right, samples)[1] <= 1
+
+
+def test_mcnemars_test_is_that_of_a_fair_coin() -> None:
+    # 6 heads of 6, or 6 tails: 2 / 64. One of six at most, or five at least: 2 * (1 + 6) / 64.
+    assert mcnemar(6, 0) == mcnemar(0, 6) == pytest.approx(2 / 64)
+    assert mcnemar(5, 1) == mcnemar(1, 5) == pytest.approx(14 / 64)
+    for one, other in ((0, 0), (1, 0), (3, 3), (4, 5)):
+        assert mcnemar(one, other) == pytest.approx(1) and mcnemar(one, other) <= 1
+    for one, other in ((3, 17), (40, 61), (120, 240)):
+        exact = 2 * Fraction(sum(math.comb(one + other, k) for k in range(one + 1)), 2 ** (one + other))
+        assert mcnemar(one, other) == pytest.approx(float(exact), rel=1e-10)
+
+
+def test_mcnemars_test_of_many_samples() -> None:
+    stats = pytest.importorskip("scipy.stats", reason="comes with scikit-learn: pip install '.[test]'")
+    for one, other in ((9_850, 10_150), (500_000, 501_500), (10_000_000, 10_000_001), (100, 4_000)):
+        assert mcnemar(one, other) == pytest.approx(stats.binomtest(one, one + other).pvalue, rel=1e-6, abs=1e-300)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -107,8 +107,13 @@ def removed(override: str, known: Callable[[], dict[str, Any]]) -> list[str]:
 
 
 def _quoted_path(argument: str) -> str:
-    """`checkpoint=a (1),b=2.pt` quoted as Hydra wants it, so that a path can be typed or completed as it is."""
+    """`checkpoint=a (1),b=2.pt` quoted as Hydra wants it, so that a path can be typed or completed as it is.
+
+    Plain paths between commas are several checkpoints, unless a file is called so.
+    """
     name, _, value = argument.partition("=")
+    if name == "checkpoint" and re.fullmatch(r"[\w./-]+(,[\w./-]+)+", value) and not os.path.exists(value):
+        return argument
     if name not in PATHS or value[:1] in ("", "[", "'", '"') or re.fullmatch(r"[\w./-]*", value):
         return argument
     return f"{name}={_quoted(value)}"
@@ -143,9 +148,12 @@ def _named(entry: str, files: Sequence[str]) -> list[str]:
     """The settings that paths stand for: a checkpoint, and of predict.py images."""
     weights = [file for file in files if entry == "evaluate" or Path(file).suffix in (".pt", ".pth")]
     images = [file for file in files if file not in weights]
-    if len(weights) > 1:
-        raise RequestError(f"one checkpoint is taken at a time, there are {len(weights)}: -m checkpoint=A.pt,B.pt")
-    named = [f"checkpoint={_quoted(_in_run(file))}" for file in weights]
+    most = 2 if entry == "evaluate" else 1  # two are compared
+    if len(weights) > most:
+        taken = "one checkpoint is evaluated, or two are compared" if most == 2 else "one checkpoint is taken"
+        raise RequestError(f"{taken} at a time, there are {len(weights)}: -m checkpoint=A.pt,B.pt")
+    listed = ",".join(_quoted(_in_run(file)) for file in weights)
+    named = [f"checkpoint=[{listed}]" if len(weights) == 2 else f"checkpoint={listed}"] if weights else []
     if images:
         listed = ",".join(map(_quoted, images))
         named.append(f"images={listed}" if len(images) == 1 else f"images=[{listed}]")

@@ -227,7 +227,12 @@ def build_bare(
 
 def transforms_line(config: dict[str, Any]) -> str:
     """What is done to images before a bare state_dict sees them; with other transforms than in training it is worse."""
-    listed = yaml.safe_dump(config["dataset"]["eval_transforms"], default_flow_style=True, width=1000).strip()
+    listed = as_text(config["dataset"]["eval_transforms"])
     experiment = config["choices"].get("experiment")
     source = f"experiment={experiment}" if experiment else f"dataset={config['choices']['dataset']}"
     return f"dataset.eval_transforms={printable(listed)}, of {source}; the file does not say what its training had"
+
+
+def as_text(transforms: list[Any]) -> str:
+    """A list of transforms as YAML has it, on one line; not yet safe to print."""
+    return str(yaml.safe_dump(transforms, default_flow_style=True, width=1000)).strip()

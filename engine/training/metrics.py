@@ -1,8 +1,10 @@
-"""Loss and counts, summed on the device, and what follows from them: accuracy, precision, recall and F1."""
+"""Loss and counts, summed on the device, and what follows from them: accuracy, its interval, AUC, F1 and the like."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
+from statistics import NormalDist
 from typing import Any
 
 import torch
@@ -130,6 +132,62 @@ class Mistakes:
         return places, truths[places], predictions[places], sure[places], self.images[self.sure >= 0].cpu()
 
 
+class Ranking:
+    """How high each sample's true class stands among all, and each class's scores; the device is never waited for."""
+
+    MOST = 1 << 26  # scores kept for `auc`, 256 MB: samples times classes; of more there is none
+
+    def __init__(self) -> None:
+        self.batches: list[tuple[Tensor, Tensor]] = []  # truths and ranks
+        self.scores: list[Tensor] | None = []  # float32 `[batch, num_classes]` each; None when they became too many
+        self._count = 0
+
+    def add(self, logits: Tensor, labels: Tensor) -> None:
+        """Take in a batch: logits `[batch, num_classes]` and labels."""
+        truths = class_of(labels)
+        own = logits.gather(1, truths[:, None])
+        earlier = torch.arange(logits.shape[1], device=logits.device) < truths[:, None]
+        above = (logits > own) | ((logits == own) & earlier)  # of equal ones the first, as argmax takes it
+        self.batches.append((truths, above.sum(1)))
+        self._count += logits.numel()
+        if self._count > self.MOST:
+            self.scores = None
+        elif self.scores is not None:
+            # Logarithms of the probabilities, without the largest's 1 in the sum: so that even those which would round
+            # to 0 or 1 keep their order.
+            shifted = logits.float() - logits.float().max(1, keepdim=True).values
+            others = shifted.exp().scatter(1, logits.argmax(1, keepdim=True), 0.0).sum(1, keepdim=True)
+            self.scores.append(shifted - others.log1p())
+
+    def read(self) -> tuple[Tensor, Tensor]:
+        """True classes, and how many classes the model puts before them, int64 `[n]` each, on the CPU. Waits."""
+        truths, ranks = (torch.cat(parts).cpu() for parts in zip(*self.batches, strict=True))
+        return truths, ranks
+
+    def auc(self) -> dict[int, float] | None:
+        """The area under the ROC curve, 0 to 1, of each class against the rest; None where scores became too many.
+
+        Exact: how often a sample of the class scores higher than another sample, a tie counting one half (Mann and
+        Whitney 1947). Only of classes that some of the samples have, and not all. Waits for the device.
+        """
+        if self.scores is None:
+            return None
+        scores, truths = torch.cat(self.scores), torch.cat([truths for truths, _ in self.batches])
+        members = truths.argsort().split(truths.bincount(minlength=scores.shape[1]).tolist())
+        areas = {}
+        for label, own in enumerate(members):
+            inside, outside = len(own), len(truths) - len(own)
+            if not inside or not outside:
+                continue
+            column = scores[:, label].contiguous()
+            ranked, wanted = column.sort().values, column[own]
+            # Twice the samples below each of the class's own, and those at its side once; among themselves they have
+            # inside ** 2 of these.
+            twice = torch.searchsorted(ranked, wanted).sum() + torch.searchsorted(ranked, wanted, right=True).sum()
+            areas[label] = (int(twice) - inside**2) / (2 * inside * outside)
+        return areas
+
+
 @torch.inference_mode()
 def evaluate(
     model: nn.Module,
@@ -137,11 +195,12 @@ def evaluate(
     num_classes: int,
     mistakes: Mistakes | None = None,
     batch_losses: list[Tensor] | None = None,
+    ranking: Ranking | None = None,
 ) -> tuple[float, Tensor]:
     """Mean cross-entropy in nats, and the confusion matrix, of a model over batches.
 
-    The loss is plain cross-entropy whatever the training criterion, so that runs can be compared. `mistakes`, if given,
-    takes in every batch; `batch_losses` gets the mean loss of each.
+    The loss is plain cross-entropy whatever the training criterion, so that runs can be compared. `mistakes` and
+    `ranking`, if given, take in every batch; `batch_losses` gets the mean loss of each.
 
     Returns:
         loss, and counts int64 `[num_classes, num_classes]` on the CPU, rows the true class, columns the predicted.
@@ -161,6 +220,8 @@ def evaluate(
         confusion.scatter_add_(0, pairs, torch.ones_like(pairs))
         if mistakes is not None:
             mistakes.add(images, logits, labels)
+        if ranking is not None:
+            ranking.add(logits, labels)
     model.train(training)
     if confusion is None:
         raise ValueError("no batch to evaluate")
@@ -198,6 +259,40 @@ def loss_name(criterion: nn.Module, target_transform: str | None = None, mixed: 
 def accuracy(confusion: Tensor) -> float:
     """Share of the samples on the diagonal, 0 to 1."""
     return int(confusion.diagonal().sum()) / max(1, int(confusion.sum()))
+
+
+def balanced_accuracy(confusion: Tensor) -> float:
+    """The plain mean of the recall of the classes that have samples, 0 to 1: each class counts as much as another."""
+    true = confusion.sum(1)
+    return float((confusion.diagonal()[true > 0].double() / true[true > 0]).mean())
+
+
+def wilson(right: int, samples: int, level: float = 0.95) -> tuple[float, float]:
+    """The interval of an accuracy, 0 to 1, that the samples leave open at a level of confidence (Wilson 1927)."""
+    z = NormalDist().inv_cdf((1 + level) / 2)
+    middle = (right + z * z / 2) / (samples + z * z)
+    half = z * math.sqrt(right * (samples - right) / samples + z * z / 4) / (samples + z * z)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def mcnemar(only_first: int, only_second: int) -> float:
+    """The p-value of McNemar's exact test of two classifiers on the same samples, two-sided, 0 to 1.
+
+    That of a fair coin to fall at least as unevenly (McNemar 1947), at any counts: the terms of the binomial sum are
+    taken relative to the largest.
+
+    Args:
+        only_first, only_second: samples that only this one has right.
+    """
+    fewer, total = min(only_first, only_second), only_first + only_second
+    largest = math.lgamma(total + 1) - math.lgamma(fewer + 1) - math.lgamma(total - fewer + 1) - total * math.log(2)
+    tail, term = 0.0, 1.0
+    for count in range(fewer, -1, -1):
+        tail += term
+        term *= count / (total - count + 1)
+        if term < 1e-17 * tail:
+            break
+    return min(1.0, 2 * math.exp(largest) * tail)
 
 
 def per_class(confusion: Tensor, classes: list[str]) -> dict[str, dict[str, float]]:
