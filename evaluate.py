@@ -242,9 +242,13 @@ def both_of(
     )
     if not has_same_samples(first, second):
         of = [f"{one.config['choices']['dataset']}, {counted(len(one.split), 'sample')}" for one in (first, second)]
+        # Not dataset.val_fraction= for both: one of them may have been trained on what the other held out.
+        way_out = (
+            "compare on split=test" if config["split"] != "test" else "name the data of both, dataset.root= or dataset="
+        )
         raise RequestError(
             f"{paths[0]} and {paths[1]} can only be compared on the same samples; theirs are not, or it cannot be told "
-            f"({of[0]}; {of[1]}); name one data set for both: dataset=, or a setting of it that differs"
+            f"({of[0]}; {of[1]}); {way_out}"
         )
     return first, second
 
@@ -530,12 +534,12 @@ def verdict(p_value: float, only_first: int, only_second: int, paths: Sequence[P
     """What the p-value of McNemar's test says, in one sentence."""
     if only_first == only_second == 0:
         return "p = 1: no sample tells them apart"
-    p, share = f"= {p_value:.4f}", f"{p_value:.2%}"
+    p, share = f"= {p_value:.3g}", f"{100 * p_value:.3g}%"
     if p_value < 0.0001:
         p, share = "< 0.0001", "less than 0.01%"
     better = printable(str(paths[0 if only_first > only_second else 1]))
     said = f"{better} is better" if p_value < 0.05 else "no sign that one is better"
-    return f"p {p}: {said}; of two equally good models one would lead by as much in {share} of such tests"
+    return f"p {p}: {said}; two equally good models would differ as much in {share} of such comparisons"
 
 
 def names_of(split: Split, places: Tensor) -> tuple[str, list[str]]:
