@@ -117,8 +117,9 @@ def compare(paths: Sequence[Path], config: dict[str, Any], device: torch.device)
     one, two = [predictions_of(subject) for subject in subjects]
     check_truths(subjects, one, two)
     figures, samples = [one.figures(), two.figures()], one.samples
-    only_first, only_second = int((one.right & ~two.right).sum()), int((two.right & ~one.right).sum())
-    both, neither = int((one.right & two.right).sum()), int((~one.right & ~two.right).sum())
+    first, second = one.right, two.right
+    only_first, only_second = int((first & ~second).sum()), int((second & ~first).sum())
+    both, neither = int((first & second).sum()), int((~first & ~second).sum())
     p_value = mcnemar(only_first, only_second)
 
     # What is printed and written.
