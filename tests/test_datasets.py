@@ -292,6 +292,34 @@ def test_a_test_list_of_its_own(photos):
         listed(photos, NUMBERS, test_annotations_file=str(photos / "test.csv"))
 
 
+def test_a_validation_list_of_its_own(photos, capsys):
+    val, test = str(photos / "val.csv"), str(photos / "test.csv")
+    (photos / "val.csv").write_text("file,kind\n6.png,1\n7.png,0\n")
+    (photos / "test.csv").write_text("5.png,1\n")
+    settings = {"annotations_file": str(photos / "labels.csv"), "img_dir": str(photos / "img"), **LIST}
+    (photos / "labels.csv").write_text("".join(f"{i}.png,{i % 2}\n" for i in range(5)))
+    given = {"_target_": "datasets.csv_images", "val_fraction": 0.5, "limit": None, **settings}
+    splits, _ = load_splits({**given, "val_annotations_file": val, "test_annotations_file": test})
+    found = {name: [path[-5:] for path in split.part.paths[split.indices.numpy()]] for name, split in splits.items()}
+    assert found == {"train": [f"{i}.png" for i in range(5)], "val": ["6.png", "7.png"], "test": ["5.png"]}
+    assert splits["val"].part.targets.tolist() == [1, 0]
+    told = f"{val} is the validation part, and dataset.val_fraction is not used\n"
+    assert capsys.readouterr().out == told
+    data = csv_images(**settings, val_annotations_file=val)  # no list for the test
+    assert (len(data.train), len(data.test), len(data.val)) == (4, 1, 2)
+    assert not set(data.test.paths) & {*data.train.paths, *data.val.paths}
+    said = capsys.readouterr().out.removeprefix(told)
+    assert said.startswith("no dataset.test_annotations_file: dataset.test_fraction=0.25 of") and said.count("\n") == 1
+    assert "labels.csv is the test (1 image, not trained on)" in said and "val.csv stays the validation part" in said
+    for name, other in (("val_", "test_"), ("val_", ""), ("test_", "")):
+        files = {**settings, f"{other}annotations_file": val, f"{name}annotations_file": f"{photos}/img/../val.csv"}
+        with pytest.raises(RequestError, match=r"val\.csv: the same file as dataset\.\w+; each part needs images"):
+            csv_images(**files)
+    (photos / "val.csv").write_text("6.png,1\n7.png,2\n")
+    with pytest.raises(RequestError, match=r"val\.csv, row 2: label '2'; expected 0 to 1, as there are 2 classes"):
+        csv_images(**settings, val_annotations_file=val)
+
+
 @pytest.mark.parametrize(
     ("text", "settings", "says"),
     [
@@ -604,7 +632,10 @@ def test_train_and_validation_folders_without_a_test(tmp_path, capsys):
     data = image_folder(str(tmp_path), **FOLDER)
     assert (len(data.train), len(data.test), len(data.val)) == (12, 4, 4)
     said = capsys.readouterr().out
-    assert "has no test/: dataset.test_fraction=0.25 of train/ is the test" in said and "papers/" in said
+    assert "has no test/: dataset.test_fraction=0.25 of train/ is the test (4 images, not trained on)" in said
+    assert "val/ stays the validation part; to have that as the test, rename it to test/" in said and "papers/" in said
+    parts = [set(part.paths.tolist()) for part in (data.train, data.val, data.test)]
+    assert len(set.union(*parts)) == 20 and all("/val/" in path for path in parts[1])
 
 
 def in_train(top):
