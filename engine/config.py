@@ -294,6 +294,12 @@ def check(
             put(plain, name, str(value))  # name=123 is text that looks like a number
     if choices.get("dataset") is not None and not plain.get("resume"):  # else a run or a checkpoint has the others
         check_folds(plain["dataset"].get("folds"), plain["dataset"].get("fold"))
+    dataset, criterion = plain.get("dataset") or {}, plain.get("criterion") or {}
+    if dataset.get("balance") and criterion.get("weight") == "balanced":
+        raise RequestError(
+            "dataset.balance=true and criterion.weight=balanced: each makes the classes count the same, both "
+            "would turn that round; choose one"
+        )
     for name in known:
         if name not in values and name.partition(".")[0] not in moved:
             raise RequestError(f"the setting {name!r} was taken out (~{name}); it is needed, set it to a value instead")

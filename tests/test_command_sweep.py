@@ -141,6 +141,10 @@ def test_evaluate_sweeps_too(call: Call, tmp_path: Path) -> None:
         (["model=mlp,cnnn"], "model=cnnn: no such model (did you mean cnn?)"),
         (["dataset.fold=0,1,5", "dataset.folds=5"], "dataset.fold=5: expected 0 to 4, as dataset.folds=5"),
         (["dataset.fold=0,1"], "dataset.fold=0: of how many? set dataset.folds too"),
+        (
+            ["dataset.balance=true", "criterion.weight=balanced", "seed=0,1"],
+            "dataset.balance=true and criterion.weight=",
+        ),
         (["name=a,b"], "name: names the whole sweep"),
         (["name='a b'"], "name=a b: expected letters"),
         (["hydra.sweep.dir=/tmp/x", "seed=1,2"], "a sweep is named by name=NAME"),

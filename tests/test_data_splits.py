@@ -668,6 +668,23 @@ def test_how_many_samples_a_class_has() -> None:
     assert class_counts(Split((images_of(6), labels), None, 4), names) is None  # as a stream, which is not counted
 
 
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"train": Stream()}, "Stream is iterable-style, and gives what it gives"),
+        ({"train": Unlabelled()}, "Unlabelled does not tell its labels; give it .targets"),
+        ({"sampler": lambda indices: indices.tolist()}, "the data has a sampler, which says what is drawn"),
+    ],
+)
+def test_classes_that_cannot_be_drawn_equally_often(changes: dict[str, Any], says: str) -> None:
+    LABELS[:] = [0] * 9 + [1] * 3
+    with pytest.raises(RequestError, match=f"^dataset.balance=true: {says}"):
+        divide(replace(labelled(), **changes), balance=True, steps_per_epoch=1 if "Stream" in says else None)
+    splits, _ = load_splits(settings(balance=True))
+    assert splits["train"].balance and not splits["val"].balance and not splits["test"].balance
+    assert not load_splits(settings())[0]["train"].balance  # a YAML of one's own may know of no such setting
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Cross-validation
 

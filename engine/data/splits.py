@@ -23,7 +23,7 @@ from engine.errors import RequestError, counted, printable, shortened
 
 # Settings of every dataset, and those of file datasets, that are used here and not by the dataset's function.
 COMMON = (
-    "val_fraction", "folds", "fold", "limit", "train_transforms", "eval_transforms", "target_transform",
+    "val_fraction", "folds", "fold", "limit", "balance", "train_transforms", "eval_transforms", "target_transform",
     "steps_per_epoch",
 )  # fmt: skip
 OF_FILES = ("skip_unreadable", "cache", "cache_dir")
@@ -41,6 +41,7 @@ class Split:
         steps: of an iterable-style data set, batches a training epoch has.
         sampler: as in `ImageData`, for training.
         skip_unreadable: go on without image files that cannot be read, in training.
+        balance: draw the classes equally often, in training.
         target_transform: of training labels, f(labels int64 `[batch]`, num_classes).
         fold: of the training samples of a cross-validation, which part of how many validates: "0 of 5".
     """
@@ -52,6 +53,7 @@ class Split:
     steps: int | None = None
     sampler: Callable[[Tensor], Iterable[int]] | None = None
     skip_unreadable: bool = False
+    balance: bool = False
     target_transform: Callable[[Tensor, int], Tensor] | None = None
     fold: str = ""
 
@@ -61,6 +63,11 @@ class Split:
             return len(self.indices)
         length = len(self.part) if hasattr(self.part, "__len__") else 0
         return length if self.limit is None else min(length, self.limit)
+
+    def labels(self) -> Tensor | None:
+        """The class of every sample, int64 `[n]`, or None where only reading all of them would tell."""
+        labels = _labels(self.part)
+        return None if labels is None or self.indices is None else labels[self.indices]
 
 
 def load_splits(settings: dict[str, Any], only: str | None = None) -> tuple[dict[str, Split], list[str]]:
@@ -89,6 +96,7 @@ def load_splits(settings: dict[str, Any], only: str | None = None) -> tuple[dict
         limit=settings["limit"],
         steps_per_epoch=settings.get("steps_per_epoch"),
         skip_unreadable=skip_unreadable,
+        balance=bool(settings.get("balance")),
         target_transform=None if labels_to is None else locate(labels_to, "dataset.target_transform"),
     )
     if only is not None:
@@ -107,6 +115,7 @@ def divide(
     limit: int | None = None,
     steps_per_epoch: int | None = None,
     skip_unreadable: bool = False,
+    balance: bool = False,
     target_transform: Callable[[Tensor, int], Tensor] | None = None,
 ) -> tuple[dict[str, Split], list[str]]:
     """The splits of a data set; a validation part is held out where it has none of its own.
@@ -119,6 +128,7 @@ def divide(
         limit: samples of each split at most, in the proportions of the classes; None takes all.
         steps_per_epoch: batches of an epoch, for an iterable-style data set.
         skip_unreadable: go on without image files that cannot be read, in training.
+        balance: draw the classes equally often, in training.
         target_transform: of training labels, f(labels int64 `[batch]`, num_classes).
 
     Returns:
@@ -162,8 +172,11 @@ def divide(
         steps=steps_per_epoch,
         sampler=sampler,
         skip_unreadable=skip_unreadable,
+        balance=balance,
         target_transform=target_transform,
     )
+    if balance:
+        _check_balance(splits["train"])
     return splits, classes
 
 
@@ -281,6 +294,19 @@ def _check_sampling(
     return lambda indices: sampler
 
 
+def _check_balance(split: Split) -> None:
+    """Refuse to draw classes equally often where they are not known, or something else says what is drawn."""
+    name = type(split.part).__name__
+    if split.indices is None:
+        raise RequestError(f"dataset.balance=true: {name} is iterable-style, and gives what it gives; set it to false")
+    if split.sampler is not None:
+        raise RequestError("dataset.balance=true: the data has a sampler, which says what is drawn; set it to false")
+    if split.labels() is None:
+        raise RequestError(
+            f"dataset.balance=true: {name} does not tell its labels; give it .targets, a class number for each sample"
+        )
+
+
 def _from_cache(splits: dict[str, Split], settings: dict[str, Any], skip_unreadable: bool) -> dict[str, Split]:
     """The splits with their image files decoded once, in a file that is mapped into memory."""
     from engine.data.cache import cached_images
@@ -385,10 +411,10 @@ def _labels(part: Any) -> Tensor | None:
 
 def class_counts(split: Split, classes: list[str]) -> dict[str, int] | None:
     """Samples of every class, or None where only reading all of them would tell."""
-    labels = _labels(split.part)
-    if labels is None or split.indices is None:
+    labels = split.labels()
+    if labels is None:
         return None
-    return dict(zip(classes, labels[split.indices].bincount(minlength=len(classes)).tolist(), strict=True))
+    return dict(zip(classes, labels.bincount(minlength=len(classes)).tolist(), strict=True))
 
 
 def hold_out(labels: Tensor | None, count: int, fraction: float, seed: int = 0) -> Tensor:
