@@ -18,9 +18,10 @@ from PIL import Image
 
 import datasets
 from datasets import csv_images, image_folder
+from engine.data.audit import in_two_splits, look_at
 from engine.data.formats import read_idx, read_pickle
 from engine.data.images import read_image
-from engine.data.splits import fingerprint, load_splits
+from engine.data.splits import Split, fingerprint, load_splits
 from engine.errors import RequestError
 
 FOLDER = {"test_fraction": 0.25, "channels": 3, "max_pixels": 10**6}
@@ -721,6 +722,65 @@ def test_looking_at_images_counts_those_that_cannot_be_read(tmp_path, call):
     answer = call("datasets", "dataset=image_folder", "dataset.root=top", "num_workers=0")
     assert answer.code and re.match(r"error: 4 images cannot be read \(.*\); the first: top/.*png: ", answer.err)
     assert answer.err.count("\n") == 1
+
+
+def test_looking_tells_what_is_in_two_parts_what_cannot_be_read_and_uneven_classes(tmp_path, call):
+    number, top = 0, tmp_path / "top"
+    for part, counts in (("train", (12, 4)), ("val", (3, 2)), ("test", (3, 3))):
+        for name, count in zip(("cat", "dog"), counts, strict=True):
+            (top / part / name).mkdir(parents=True)
+            for i in range(count):
+                number += 1  # no two are the same
+                Image.new("RGB", (6, 5), (number, 0, 0)).save(top / part / name / f"{i}.png")
+    for i in range(5):
+        (top / "test" / "dog" / f"copy{i}.png").write_bytes((top / "train" / "cat" / "3.png").read_bytes())
+    (top / "test" / "dog" / "a.png").write_bytes((top / "val" / "dog" / "1.png").read_bytes())
+    whole = (top / "test" / "cat" / "2.png").read_bytes()
+    (top / "test" / "cat" / "2.png").write_bytes(whole[:-30])  # cut off
+    for i in range(4):
+        (top / "train" / "cat" / f"x{i}.jpg").write_bytes(whole[:40])
+    typed = ["dataset=image_folder", "dataset.root=top", "num_workers=0", "dataset.balance=true"]
+    answer = call("datasets", *typed)
+    assert answer.code == 1
+    found = re.fullmatch(
+        r"error: 5 images cannot be read \(4 of train, 1 of test\); the first: (\S+): .*\n", answer.err
+    )
+    assert found and found[1] == "top/train/cat/x0.jpg"
+    copies = ", ".join(f"top/test/dog/copy{i}.png = top/train/cat/3.png" for i in range(3))
+    assert answer.out.splitlines()[-5:] == [
+        "cannot be read: 4 of 20 train images: "
+        "top/train/cat/x0.jpg, top/train/cat/x1.jpg, top/train/cat/x2.jpg and 1 more",
+        "cannot be read: 1 of 12 test images: top/test/cat/2.png",
+        f"the same, byte for byte: 5 of 12 test images are in train too: {copies} and 2 more",
+        "the same, byte for byte: 1 of 12 test images are in val too: top/test/dog/a.png = top/val/dog/1.png",
+        "what was seen in training says little about new images: take it out of one of the two",
+    ]
+    assert "largest class cat 12, smallest dog 4, 3.00 to 1: dataset.balance=true draws" in answer.out
+    assert re.search(r"^cat +12 +3 +3$", answer.out, re.MULTILINE)  # what there is, not what is drawn
+    assert (tmp_path / "samples.png").exists()
+    for i in range(6):
+        (top / "test" / "dog" / ("2.png" if i == 5 else f"copy{i}.png")).unlink()
+    (top / "test" / "cat" / "2.png").unlink()
+    (top / "test" / "dog" / "a.png").unlink()
+    answer = call("datasets", *typed, "dataset.skip_unreadable=true")
+    assert answer.code == 0, answer.err
+    assert answer.out.endswith("\nno image is in two of train, val, test (byte for byte)\n")
+
+
+def test_images_in_memory_are_compared_pixel_for_pixel():
+    """Against a plain loop; a place is that in the split, whichever samples of the data it has."""
+    generator = torch.Generator().manual_seed(0)
+    splits, seen = {}, {}
+    for name, count in (("train", 60), ("test", 40)):
+        images = torch.randint(0, 2, (count, 1, 2, 3), generator=generator).to(torch.uint8)  # of 64 that there are
+        indices = torch.randperm(count, generator=generator)[: count - 10]
+        splits[name] = Split((images, torch.zeros(count, dtype=torch.int64)), indices, 2)
+        seen[name] = [images[i].flatten().tolist() for i in indices]
+    looked = {name: look_at(split, name, 1) for name, split in splits.items()}
+    expected = [(seen["train"].index(image), b) for b, image in enumerate(seen["test"]) if image in seen["train"]]
+    assert 5 < len(expected) < 30 and in_two_splits(looked) == {("train", "test"): expected}
+    stream = Split([], None, 2)
+    assert look_at(stream, "train", 1) is None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
