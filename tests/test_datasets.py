@@ -23,6 +23,7 @@ from engine.data.formats import read_idx, read_pickle
 from engine.data.images import read_image
 from engine.data.splits import Split, fingerprint, load_splits
 from engine.errors import RequestError
+from engine.pictures.samples import uneven
 
 FOLDER = {"test_fraction": 0.25, "channels": 3, "max_pixels": 10**6}
 LIST = {"test_annotations_file": None, "test_fraction": 0.25, "classes": None, "channels": 3, "max_pixels": 10**6}
@@ -765,6 +766,22 @@ def test_looking_tells_what_is_in_two_parts_what_cannot_be_read_and_uneven_class
     answer = call("datasets", *typed, "dataset.skip_unreadable=true")
     assert answer.code == 0, answer.err
     assert answer.out.endswith("\nno image is in two of train, val, test (byte for byte)\n")
+
+
+@pytest.mark.parametrize(
+    ("counts", "says"),
+    [
+        ({"a": 5, "b": 5}, "every class has 5 training images"),
+        ({"a": 14, "b": 10, "c": 12}, "largest class a 14, smallest b 10, 1.40 to 1"),
+        (
+            {"a": 15, "b": 10},
+            "largest class a 15, smallest b 10, 1.50 to 1: dataset.balance=true draws all equally often,",
+        ),
+        ({"a": 0, "b": 1200}, "largest class b 1,200, smallest a 0: no model learns a class without images"),
+    ],
+)
+def test_how_uneven_classes_are_and_from_where_on_something_is_done(counts, says):
+    assert uneven(counts).startswith(says) and uneven(counts).count(": ") == says.count(": ")
 
 
 def test_images_in_memory_are_compared_pixel_for_pixel():

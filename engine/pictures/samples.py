@@ -107,6 +107,8 @@ def uneven(counts: dict[str, int]) -> str:
     """How far the largest class is from the smallest, and what can be done about it."""
     largest, smallest = max(counts, key=counts.__getitem__), min(counts, key=counts.__getitem__)
     most, least = counts[largest], counts[smallest]
+    if most == least:
+        return f"every class has {counted(most, 'training image')}"
     told = f"largest class {shortened(largest, 40)} {most:,}, smallest {shortened(smallest, 40)} {least:,}"
     if not least:
         return f"{told}: no model learns a class without images"
