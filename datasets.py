@@ -14,6 +14,8 @@ if __name__ == "__main__":
 
     launch("datasets")  # answers help, completion and typos, and only then imports torch and calls main() below
 
+import os
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ from engine.data.folders import list_images, some
 from engine.data.formats import read_cifar, read_cifar_names, read_idx
 from engine.data.images import ImageData, ImageFiles, shown
 from engine.data.splits import hold_out
-from engine.errors import RequestError, printable
+from engine.errors import RequestError, counted, printable
 
 
 def main(config: dict[str, Any]) -> None:
@@ -137,10 +139,21 @@ def image_folder(root: str, test_fraction: float, channels: int, max_pixels: int
     parts = {name: ImageFiles(*files, channels, max_pixels, no_files=no_files) for name, files in listed.items()}
     train, test = parts["train"], parts.get("test")
     if test is None:
-        if (top / "train").is_dir():
-            print(f"{shown(top)} has no test/: dataset.test_fraction={test_fraction} of train/ is the test", flush=True)
         train, test = _split_off_test(train, test_fraction, shown(root))
+        if "val" in parts:
+            told = _share_is_test(test_fraction, test, "train/", "val/")
+            print(f"{shown(top)} has no test/: {told}, rename it to test/", flush=True)
+        elif (top / "train").is_dir():
+            print(f"{shown(top)} has no test/: dataset.test_fraction={test_fraction} of train/ is the test", flush=True)
     return ImageData(train, test, classes, val=parts.get("val"))
+
+
+def _share_is_test(fraction: float, test: ImageFiles, train_name: str, val_name: str) -> str:
+    """Which part plays the test where there is one for training and one for validation only."""
+    return (
+        f"dataset.test_fraction={fraction} of {train_name} is the test ({counted(len(test), 'image')}, not trained on) "
+        f"and {val_name} stays the validation part; to have that as the test"
+    )
 
 
 def _split_off_test(files: ImageFiles, fraction: float, where: str) -> tuple[ImageFiles, ImageFiles]:
@@ -162,20 +175,34 @@ def csv_images(
     classes: list[str] | None,
     channels: int,
     max_pixels: int,
+    val_annotations_file: str | None = None,
 ) -> ImageData:
-    """Your own images, listed in a CSV file: file name and label in the first two columns, with or without a header."""
+    """Your own images, listed in CSV files: file name and label in the first two columns, with or without a header."""
+    lists = {"": annotations_file, "val_": val_annotations_file, "test_": test_annotations_file}
+    given = [(f"dataset.{part}annotations_file", file) for part, file in lists.items() if file is not None]
+    for (one, first), (other, second) in combinations(given, 2):
+        if os.path.realpath(first) == os.path.realpath(second):
+            raise RequestError(f"{other}={shown(second)}: the same file as {one}; each part needs images of its own")
     rows = read_annotations(annotations_file, img_dir)
     names, numbers = class_names(rows, classes, annotations_file)
 
-    def files(rows: list[Row], file: str) -> ImageFiles:
-        return ImageFiles([path for _, path, _ in rows], labels_of(rows, names, numbers, file), channels, max_pixels)
+    def files(rows: list[Row], file: str, name: str = "") -> ImageFiles:
+        paths, labels = [path for _, path, _ in rows], labels_of(rows, names, numbers, file)
+        return ImageFiles(paths, labels, channels, max_pixels, name)
 
-    train = files(rows, annotations_file)
+    train, val = files(rows, annotations_file), None
     present = set(train.targets.tolist())
     if empty := [printable(name) for label, name in enumerate(names) if label not in present]:
         what = "1 class" if len(empty) == 1 else f"{len(empty):,} classes"
         print(f"{shown(annotations_file)} has no image of {what} ({some(empty)})", flush=True)
-    if test_annotations_file is None:
-        return ImageData(*_split_off_test(train, test_fraction, annotations_file), names)
-    test = files(read_annotations(test_annotations_file, img_dir), test_annotations_file)
-    return ImageData(train, test, names)
+    if val_annotations_file is not None:
+        val = files(read_annotations(val_annotations_file, img_dir), val_annotations_file, "val")
+        print(f"{shown(val_annotations_file)} is the validation part, and dataset.val_fraction is not used", flush=True)
+    if test_annotations_file is not None:
+        test = files(read_annotations(test_annotations_file, img_dir), test_annotations_file, "test")
+        return ImageData(train, test, names, val=val)
+    train, test = _split_off_test(train, test_fraction, annotations_file)
+    if val_annotations_file is not None:
+        told = _share_is_test(test_fraction, test, shown(annotations_file), shown(val_annotations_file))
+        print(f"no dataset.test_annotations_file: {told}, name it so", flush=True)
+    return ImageData(train, test, names, val=val)

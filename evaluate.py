@@ -40,7 +40,7 @@ from engine.training.metrics import (
 )
 
 # Settings of a data set that evaluating has no use for: names that are imported, and files that are written.
-ONLY_FOR_TRAINING = ("target_transform", "train_transforms", "cache", "cache_dir", "skip_unreadable")
+ONLY_FOR_TRAINING = ("target_transform", "train_transforms", "balance", "cache", "cache_dir", "skip_unreadable")
 
 MOST_CLASSES = 2000  # of a checkpoint that was made elsewhere; the confusion matrix has their square
 WIDEST = 60  # characters of a class name in the table
@@ -322,7 +322,7 @@ def settings_for(
         choices = {**own["choices"], **{group: option for group, option in choices.items() if option}}
     if dataset.get("cache"):
         print("dataset.cache=true: not used here, as evaluating writes nothing but its results")
-    dataset = {**dataset, "target_transform": None, "cache": False}
+    dataset = {**dataset, "target_transform": None, "balance": False, "cache": False}
     return {**config, "dataset": dataset, "choices": choices, "seed": how["seed"], "batch_size": how["batch_size"]}
 
 

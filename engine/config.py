@@ -296,6 +296,14 @@ def check(
         check_value(name, value, known)
         if known[name].kind.startswith("str") and isinstance(value, (int, float)):
             put(plain, name, str(value))  # name=123 is text that looks like a number
+    if choices.get("dataset") is not None and not plain.get("resume"):  # else a run or a checkpoint has the others
+        check_folds(plain["dataset"].get("folds"), plain["dataset"].get("fold"))
+    dataset, criterion = plain.get("dataset") or {}, plain.get("criterion") or {}
+    if dataset.get("balance") and criterion.get("weight") == "balanced":
+        raise RequestError(
+            "dataset.balance=true and criterion.weight=balanced: each makes the classes count the same, both "
+            "would turn that round; choose one"
+        )
     for name in known:
         if name not in values and name.partition(".")[0] not in moved:
             raise RequestError(f"the setting {name!r} was taken out (~{name}); it is needed, set it to a value instead")
@@ -319,6 +327,23 @@ def check_value(name: str, value: Any, known: dict[str, Setting]) -> None:
         raise RequestError(f"{typed}: expected {setting.expected}{why}")
     if trouble := _trouble_of(value):
         raise RequestError(f"{typed}: {trouble}")
+
+
+def check_folds(folds: int | None, fold: int | None) -> None:
+    """Raise a RequestError unless `dataset.folds` and `dataset.fold` are both given, or neither, and go together."""
+    if folds is None and fold is None:
+        return
+    if folds is None:
+        raise RequestError(f"dataset.fold={fold}: of how many? set dataset.folds too")
+    if fold is None:
+        every = ",".join(map(str, range(folds))) if folds <= 10 else f"0,1,...,{folds - 1}"
+        raise RequestError(
+            f"dataset.folds={folds}: which of them validates? dataset.fold=0, or -m dataset.fold={every}"
+        )
+    if folds < 2:
+        raise RequestError(f"dataset.folds={folds}: expected at least two")
+    if not 0 <= fold < folds:
+        raise RequestError(f"dataset.fold={fold}: expected 0 to {folds - 1}, as dataset.folds={folds}")
 
 
 def is_keyword(name: str) -> bool:

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -68,6 +69,29 @@ def test_a_sweep_is_one_directory_and_ends_with_its_table(call: Call, tmp_path: 
     assert (directory / "sweep.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_folds_end_with_their_mean_and_are_evaluated_on_what_they_validated(call: Call, tmp_path: Path) -> None:
+    answer = call("train", "-m", "name=folds", "dataset.folds=2", "dataset.fold=0,1", *SMALL)
+    assert answer.code == 0, answer.err
+    directory = tmp_path / "checkpoints" / "folds"
+    summaries = [json.loads((directory / f"0{n + 1}_fold-{n}" / "summary.json").read_text()) for n in (0, 1)]
+    with (directory / "sweep.csv").open(newline="") as lines:
+        (row,) = csv.DictReader(lines)
+    for key in ("val_accuracy", "test_accuracy"):
+        values = [summary[key] for summary in summaries]
+        assert float(row[key]) == pytest.approx(statistics.fmean(values)) and row["runs"] == "2"
+        assert float(row[f"{key}_std"]) == pytest.approx(statistics.stdev(values))
+    listed = call("evaluate", "--runs", "run=folds/*", "mean=fold", "output=runs.csv")
+    assert listed.code == 0 and f"{float(row['val_accuracy']):.4f} ± " in listed.out
+    checkpoint = directory / "02_fold-1" / "best.pt"
+    again = call("evaluate", f"checkpoint={checkpoint}", "split=val", "output=val.json")
+    assert again.code == 0, again.err
+    found = json.loads((tmp_path / "val.json").read_text())
+    assert found["accuracy"] == pytest.approx(summaries[1]["val_accuracy"], abs=1e-6)
+    assert found["samples"] == int(re.search(r"val (\d+) ", summaries[1]["data"])[1])  # type: ignore[index]
+    other = call("evaluate", f"checkpoint={checkpoint}", "split=val", "dataset.fold=2", "output=val.json")
+    assert other.error == "dataset.fold=2: expected 0 to 1, as dataset.folds=2"
+
+
 def test_the_same_command_goes_on_with_what_has_not_finished(call: Call, tmp_path: Path) -> None:
     assert call("train", "-m", "name=grow", "seed=0,1", *SMALL).code == 0
     answer = call("train", "-m", *SMALL, "seed=0,1,2", "name=grow")
@@ -115,6 +139,12 @@ def test_evaluate_sweeps_too(call: Call, tmp_path: Path) -> None:
         (["optimizer.lr=0.1,abc"], "optimizer.lr=abc: expected a number > 0"),
         (["optimizer.lrr=0.1,0.2"], "there is no setting 'optimizer.lrr' (did you mean optimizer.lr"),
         (["model=mlp,cnnn"], "model=cnnn: no such model (did you mean cnn?)"),
+        (["dataset.fold=0,1,5", "dataset.folds=5"], "dataset.fold=5: expected 0 to 4, as dataset.folds=5"),
+        (["dataset.fold=0,1"], "dataset.fold=0: of how many? set dataset.folds too"),
+        (
+            ["dataset.balance=true", "criterion.weight=balanced", "seed=0,1"],
+            "dataset.balance=true and criterion.weight=",
+        ),
         (["name=a,b"], "name: names the whole sweep"),
         (["name='a b'"], "name=a b: expected letters"),
         (["hydra.sweep.dir=/tmp/x", "seed=1,2"], "a sweep is named by name=NAME"),

@@ -106,6 +106,85 @@ def test_a_part_of_the_samples_is_shuffled_among_itself() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Classes drawn equally often
+
+
+UNEVEN = [0] * 3 + [1] * 40 + [3] * 10  # 53 samples, none of class 2
+
+
+def balanced(seed: int = 0, **given: Any) -> Batches:
+    """Samples of a part of a data set: the odd ones of 106."""
+    labels = torch.tensor(UNEVEN).repeat_interleave(2)
+    images = torch.arange(106, dtype=torch.uint8).view(106, 1, 1, 1).expand(-1, 1, 1, 2)
+    split = Split((images, labels), torch.arange(53) * 2 + 1, num_classes=4, balance=True)
+    return training(split, batch_size=8, seed=seed, **given)
+
+
+def test_classes_are_drawn_equally_often_and_their_samples_too() -> None:
+    found = balanced()
+    drawn = dict.fromkeys(range(1, 106, 2), 0)
+    for epoch in range(1, 25):
+        order = found.order(epoch).tolist()
+        assert len(order) == 53 == found.num_samples
+        counts = [sum(UNEVEN[place // 2] == label for place in order) for label in (0, 1, 3)]
+        assert sorted(counts) == [17, 18, 18]
+        for label in (0, 1, 3):
+            once = [order.count(place) for place in drawn if UNEVEN[place // 2] == label]
+            assert max(once) - min(once) <= 1, "nothing comes again before all of its class have come"
+        for place in order:
+            drawn[place] += 1
+        for label in (0, 1, 3):
+            so_far = [count for place, count in drawn.items() if UNEVEN[place // 2] == label]
+            assert max(so_far) - min(so_far) <= 1, "over epochs neither"
+        if epoch % 3 == 0:
+            assert [sum(drawn[place] for place in drawn if UNEVEN[place // 2] == label) for label in (0, 1, 3)] == (
+                [53 * epoch // 3] * 3
+            )
+
+
+def test_what_is_drawn_is_of_the_seed_and_the_epoch() -> None:
+    orders = {(seed, epoch): balanced(seed).order(epoch).tolist() for seed in (0, 1) for epoch in (5, 1, 2)}
+    torch.manual_seed(7)
+    assert orders[1, 2] == balanced(1).order(2).tolist()
+    assert len({tuple(order) for order in orders.values()}) == 6
+    large = {seed: {place for place in orders[seed, 1] if UNEVEN[place // 2] == 1} for seed in (0, 1)}
+    assert large[0] != large[1]  # not the first ones of the file
+    resumed, whole = balanced(), [labels.tolist() for _, labels in balanced().epoch(3)]
+    assert [labels.tolist() for _, labels in resumed.epoch(3, start=4)] == whole[4:]
+    labels = [label for batch in whole for label in batch]
+    assert labels != sorted(labels)  # mixed within the epoch
+
+
+@pytest.mark.parametrize("one_at_a_time", [False, True])
+def test_a_sample_that_comes_again_in_an_epoch_is_augmented_anew(one_at_a_time: bool) -> None:
+    """Of class 0 each of three samples comes six times: the copies flip as samples of other numbers would."""
+    labels = torch.tensor(UNEVEN)
+    images = torch.arange(53, dtype=torch.uint8).view(53, 1, 1, 1).expand(-1, 1, 1, 2).clone()
+    images[..., 1] = 200
+    transforms = [FLIP, "Identity"] if one_at_a_time else [FLIP]  # the second is torchvision's, for one image
+    batches = training(Split((images, labels), torch.arange(53), 4, balance=True), *transforms, batch_size=8)
+    order, seen = batches.order(1).tolist(), list[bool]()
+    for x, _ in batches.epoch(1):
+        seen += (x[:, 0, 0, 0] > x[:, 0, 0, 1]).tolist()
+        assert ((x.amin((1, 2, 3)) * 255).round().int().tolist()) == order[len(seen) - len(x) : len(seen)]
+    came: dict[int, int] = {}
+    for place, flipped in zip(order, seen, strict=True):
+        number = place + (came.get(place, 0) << 40)
+        came[place] = came.get(place, 0) + 1
+        assert flipped == (numbers(0, 1, number, 0, 1)[0] < 0.5)
+    assert max(came.values()) == 6
+
+
+def test_only_training_draws_classes_equally_often() -> None:
+    found = balanced()
+    evaluation = Batches(found.split, [], CPU, batch_size=8)
+    assert evaluation.order(1).tolist() == list(range(1, 106, 2))
+    in_order = balanced(shuffle=False).order(1).tolist()
+    assert in_order == sorted(found.order(1).tolist())
+    assert balanced(limit_batches=2).num_samples == 16 and balanced(drop_last=True).num_samples == 48
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # A sampler
 
 

@@ -666,3 +666,152 @@ def test_how_many_samples_a_class_has() -> None:
     assert class_counts(some, names) == {"a": 2, "b": 0, "c": 2, "d": 0}
     assert class_counts(Split(Unlabelled(), torch.arange(30), 4), names) is None
     assert class_counts(Split((images_of(6), labels), None, 4), names) is None  # as a stream, which is not counted
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"train": Stream()}, "Stream is iterable-style, and gives what it gives"),
+        ({"train": Unlabelled()}, "Unlabelled does not tell its labels; give it .targets"),
+        ({"sampler": lambda indices: indices.tolist()}, "the data has a sampler, which says what is drawn"),
+    ],
+)
+def test_classes_that_cannot_be_drawn_equally_often(changes: dict[str, Any], says: str) -> None:
+    LABELS[:] = [0] * 9 + [1] * 3
+    with pytest.raises(RequestError, match=f"^dataset.balance=true: {says}"):
+        divide(replace(labelled(), **changes), balance=True, steps_per_epoch=1 if "Stream" in says else None)
+    splits, _ = load_splits(settings(balance=True))
+    assert splits["train"].balance and not splits["val"].balance and not splits["test"].balance
+    assert not load_splits(settings())[0]["train"].balance  # a YAML of one's own may know of no such setting
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Cross-validation
+
+
+def folds_of(labels: list[int], folds: int, **changes: Any) -> list[dict[str, list[int]]]:
+    LABELS[:] = labels
+    return [members(settings(folds=folds, fold=fold, **changes)) for fold in range(folds)]
+
+
+@pytest.mark.parametrize(
+    ("labels", "folds"),
+    [
+        ([0] * 10 + [1] * 20, 5),
+        ([0, 1, 2] * 7, 2),
+        ([0] * 11 + [1] * 4 + [2] * 7 + [3] * 3, 4),  # 25 samples, and no class that four divides
+        ([0] * 5 + [1] * 2 + [2] * 3, 10),  # every sample a fold
+        ([0] * 6 + [2] * 6, 3),  # no sample of class 1
+    ],
+)
+def test_folds_are_a_partition_even_in_size_and_in_every_class(labels: list[int], folds: int) -> None:
+    found = folds_of(labels, folds)
+    assert sorted(place for fold in found for place in fold["val"]) == list(range(len(labels)))
+    sizes = [len(fold["val"]) for fold in found]
+    assert max(sizes) - min(sizes) <= 1
+    for label in set(labels):
+        counts = [sum(labels[place] == label for place in fold["val"]) for fold in found]
+        assert max(counts) - min(counts) <= 1
+    for fold in found:
+        assert sorted(fold["train"] + fold["val"]) == list(range(len(labels)))  # nothing in both
+        assert {labels[place] for place in fold["train"]} == set(labels)  # every class is learned
+        assert fold["test"] == found[0]["test"] == list(range(5 * (max(labels) + 1)))
+
+
+def test_folds_are_of_the_data_and_of_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a shuffle of each class, one class after the other, they take the samples in turns."""
+    labels = [0, 1] * 8 + [1] * 9
+    torch.manual_seed(5)
+    found = folds_of(labels, 4, val_fraction=0.5)
+    told = capsys.readouterr().out.splitlines()
+    assert told[1] == "dataset.fold=1 of 4: 6 samples of 25 validate, and dataset.val_fraction is not used"
+    torch.manual_seed(6)
+    assert folds_of(labels, 4, val_fraction=0.0) == found
+    shuffled = torch.randperm(25, generator=torch.Generator().manual_seed(3)).tolist()
+    dealt = sorted(shuffled, key=lambda place: labels[place])
+    assert [fold["val"] for fold in found] == [sorted(dealt[fold::4]) for fold in range(4)]
+    some = max(found[0]["val"]) - min(found[0]["val"])
+    assert some > 10, "a fold is no stretch of the file"
+    limited = folds_of(labels, 4, limit=3)
+    assert all(set(a["val"]) < set(b["val"]) for a, b in zip(limited, found, strict=True))
+
+
+def test_the_fingerprint_tells_folds_apart() -> None:
+    LABELS[:] = [0] * 10 + [1] * 10
+    texts = [fingerprint(load_splits(settings(folds=5, fold=fold))[0]) for fold in range(5)]
+    assert len(set(texts)) == 5 and texts[3].endswith(", fold 3 of 5")
+    assert texts[0].startswith("train 16 ") and ", val 4 " in texts[0]
+
+
+def test_folds_of_samples_without_known_labels_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    found = [members(settings("unlabelled", folds=4, fold=fold))["val"] for fold in range(4)]
+    assert sorted(place for fold in found for place in fold) == list(range(30)) and sorted(map(len, found)) == [
+        7,
+        7,
+        8,
+        8,
+    ]
+    assert "Unlabelled has no .targets: validation is held out at random" in capsys.readouterr().out
+
+
+def test_a_validation_part_of_the_datas_own_is_joined_for_folds(capsys: pytest.CaptureFixture[str]) -> None:
+    LABELS[:] = [0, 1] * 5
+    data = replace(labelled(), val=(images_of(20)[10:], torch.tensor([0] * 5 + [1] * 5)))
+    seen = []
+    for fold in range(4):
+        splits, _ = divide(data, folds=4, fold=fold)
+        val, train = splits["val"], splits["train"]
+        assert val.indices is not None and train.indices is not None and len(train) + len(val) == 20
+        numbers = val.part[0][val.indices][:, 0, 0, 1].tolist()
+        expected = [place % 2 if place < 10 else int(place >= 15) for place in numbers]
+        assert val.part[1][val.indices].tolist() == expected
+        seen += numbers
+    assert sorted(seen) == list(range(20))
+    assert "dataset.folds=4: its 10 training and 10 validation samples are joined" in capsys.readouterr().out
+    files = [ImageFiles([f"{part}{i}.png" for i in range(4)], [0, 1, 0, 1], no_files={f"{part}0.png"}) for part in "tv"]
+    with pytest.raises(RequestError, match=r"^[tv]0\.png: cannot be read"):
+        divide(replace(data, train=files[0], val=files[1]), folds=2, fold=0)
+    files = [ImageFiles([f"{part}{i}.png" for i in range(4)], [0, 1, 0, 1], 1, 99) for part in "tv"]
+    splits, _ = divide(replace(data, train=files[0], val=files[1]), folds=2, fold=0)
+    joined = splits["val"].part
+    assert joined is splits["train"].part and (joined.channels, joined.max_pixels) == (1, 99)
+    assert joined.paths.tolist() == [*files[0].paths, *files[1].paths] and joined.targets.tolist() == [0, 1] * 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"folds": 2}, "dataset.folds=2: which of them validates? dataset.fold=0, or -m dataset.fold=0,1"),
+        ({"fold": 1}, "dataset.fold=1: of how many? set dataset.folds too"),
+        ({"folds": 4, "fold": 4}, "dataset.fold=4: expected 0 to 3, as dataset.folds=4"),
+        ({"folds": 4, "fold": -1}, "dataset.fold=-1: expected 0 to 3, as dataset.folds=4"),
+        ({"folds": 1, "fold": 0}, "dataset.folds=1: expected at least two"),
+        ({"folds": 11, "fold": 0}, "dataset.folds=11: there are only 10 samples to divide"),
+    ],
+)
+def test_folds_that_there_are_not_are_refused(changes: dict[str, int], says: str) -> None:
+    LABELS[:] = [0, 1] * 5
+    with pytest.raises(RequestError) as refused:
+        divide(labelled(), **changes)
+    assert str(refused.value) == says
+
+
+def test_data_that_cannot_be_divided_into_folds(capsys: pytest.CaptureFixture[str]) -> None:
+    LABELS[:] = [0] * 9 + [1] * 2
+    whole = labelled()
+    divide(whole, folds=3, fold=0)
+    assert "fewer samples than folds, so that some folds validate without: class 1\n" in capsys.readouterr().out
+    of_other_shape = (torch.zeros(2, 1, 4, 4, dtype=torch.uint8), torch.tensor([0, 1]))
+    cases: dict[str, datasets.ImageData] = {
+        r"^dataset.folds=3: Stream is iterable-style, so its samples": replace(whole, train=Stream()),
+        r"\(images \[1, 1, 2\] and images \[1, 4, 4\]\) cannot be joined": replace(whole, val=of_other_shape),
+        r"\(images \[1, 1, 2\] and Unlabelled\) cannot be joined": replace(whole, val=Unlabelled()),
+        r"\(images \[1, 1, 2\] and Stream\) cannot be joined": replace(whole, val=Stream()),
+        "knows no validation samples": replace(whole, val=whole.test, sampler=lambda indices: indices.tolist()),
+        "that are left, or leave out dataset.folds and fold": replace(whole, sampler=[0, 1]),  # type: ignore[arg-type]
+    }
+    LABELS[:] = [0] * 9 + [1]
+    cases["a single sample of class class 1, and where it validates none is left"] = labelled()
+    for says, data in cases.items():
+        with pytest.raises(RequestError, match=says):
+            divide(data, folds=3, fold=0, steps_per_epoch=1 if "Stream is" in says else None)

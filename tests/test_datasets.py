@@ -18,10 +18,12 @@ from PIL import Image
 
 import datasets
 from datasets import csv_images, image_folder
+from engine.data.audit import in_two_splits, look_at
 from engine.data.formats import read_idx, read_pickle
 from engine.data.images import read_image
-from engine.data.splits import fingerprint, load_splits
+from engine.data.splits import Split, fingerprint, load_splits
 from engine.errors import RequestError
+from engine.pictures.samples import uneven
 
 FOLDER = {"test_fraction": 0.25, "channels": 3, "max_pixels": 10**6}
 LIST = {"test_annotations_file": None, "test_fraction": 0.25, "classes": None, "channels": 3, "max_pixels": 10**6}
@@ -290,6 +292,34 @@ def test_a_test_list_of_its_own(photos):
     (photos / "test.csv").write_text("7.png,1\n6.png,2\n")
     with pytest.raises(RequestError, match=r"test\.csv, row 2: label '2'; expected 0 to 1, as there are 2 classes"):
         listed(photos, NUMBERS, test_annotations_file=str(photos / "test.csv"))
+
+
+def test_a_validation_list_of_its_own(photos, capsys):
+    val, test = str(photos / "val.csv"), str(photos / "test.csv")
+    (photos / "val.csv").write_text("file,kind\n6.png,1\n7.png,0\n")
+    (photos / "test.csv").write_text("5.png,1\n")
+    settings = {"annotations_file": str(photos / "labels.csv"), "img_dir": str(photos / "img"), **LIST}
+    (photos / "labels.csv").write_text("".join(f"{i}.png,{i % 2}\n" for i in range(5)))
+    given = {"_target_": "datasets.csv_images", "val_fraction": 0.5, "limit": None, **settings}
+    splits, _ = load_splits({**given, "val_annotations_file": val, "test_annotations_file": test})
+    found = {name: [path[-5:] for path in split.part.paths[split.indices.numpy()]] for name, split in splits.items()}
+    assert found == {"train": [f"{i}.png" for i in range(5)], "val": ["6.png", "7.png"], "test": ["5.png"]}
+    assert splits["val"].part.targets.tolist() == [1, 0]
+    told = f"{val} is the validation part, and dataset.val_fraction is not used\n"
+    assert capsys.readouterr().out == told
+    data = csv_images(**settings, val_annotations_file=val)  # no list for the test
+    assert (len(data.train), len(data.test), len(data.val)) == (4, 1, 2)
+    assert not set(data.test.paths) & {*data.train.paths, *data.val.paths}
+    said = capsys.readouterr().out.removeprefix(told)
+    assert said.startswith("no dataset.test_annotations_file: dataset.test_fraction=0.25 of") and said.count("\n") == 1
+    assert "labels.csv is the test (1 image, not trained on)" in said and "val.csv stays the validation part" in said
+    for name, other in (("val_", "test_"), ("val_", ""), ("test_", "")):
+        files = {**settings, f"{other}annotations_file": val, f"{name}annotations_file": f"{photos}/img/../val.csv"}
+        with pytest.raises(RequestError, match=r"val\.csv: the same file as dataset\.\w+; each part needs images"):
+            csv_images(**files)
+    (photos / "val.csv").write_text("6.png,1\n7.png,2\n")
+    with pytest.raises(RequestError, match=r"val\.csv, row 2: label '2'; expected 0 to 1, as there are 2 classes"):
+        csv_images(**settings, val_annotations_file=val)
 
 
 @pytest.mark.parametrize(
@@ -604,7 +634,10 @@ def test_train_and_validation_folders_without_a_test(tmp_path, capsys):
     data = image_folder(str(tmp_path), **FOLDER)
     assert (len(data.train), len(data.test), len(data.val)) == (12, 4, 4)
     said = capsys.readouterr().out
-    assert "has no test/: dataset.test_fraction=0.25 of train/ is the test" in said and "papers/" in said
+    assert "has no test/: dataset.test_fraction=0.25 of train/ is the test (4 images, not trained on)" in said
+    assert "val/ stays the validation part; to have that as the test, rename it to test/" in said and "papers/" in said
+    parts = [set(part.paths.tolist()) for part in (data.train, data.val, data.test)]
+    assert len(set.union(*parts)) == 20 and all("/val/" in path for path in parts[1])
 
 
 def in_train(top):
@@ -690,6 +723,81 @@ def test_looking_at_images_counts_those_that_cannot_be_read(tmp_path, call):
     answer = call("datasets", "dataset=image_folder", "dataset.root=top", "num_workers=0")
     assert answer.code and re.match(r"error: 4 images cannot be read \(.*\); the first: top/.*png: ", answer.err)
     assert answer.err.count("\n") == 1
+
+
+def test_looking_tells_what_is_in_two_parts_what_cannot_be_read_and_uneven_classes(tmp_path, call):
+    number, top = 0, tmp_path / "top"
+    for part, counts in (("train", (12, 4)), ("val", (3, 2)), ("test", (3, 3))):
+        for name, count in zip(("cat", "dog"), counts, strict=True):
+            (top / part / name).mkdir(parents=True)
+            for i in range(count):
+                number += 1  # no two are the same
+                Image.new("RGB", (6, 5), (number, 0, 0)).save(top / part / name / f"{i}.png")
+    for i in range(5):
+        (top / "test" / "dog" / f"copy{i}.png").write_bytes((top / "train" / "cat" / "3.png").read_bytes())
+    (top / "test" / "dog" / "a.png").write_bytes((top / "val" / "dog" / "1.png").read_bytes())
+    whole = (top / "test" / "cat" / "2.png").read_bytes()
+    (top / "test" / "cat" / "2.png").write_bytes(whole[:-30])  # cut off
+    for i in range(4):
+        (top / "train" / "cat" / f"x{i}.jpg").write_bytes(whole[:40])
+    typed = ["dataset=image_folder", "dataset.root=top", "num_workers=0", "dataset.balance=true"]
+    answer = call("datasets", *typed)
+    assert answer.code == 1
+    found = re.fullmatch(
+        r"error: 5 images cannot be read \(4 of train, 1 of test\); the first: (\S+): .*\n", answer.err
+    )
+    assert found and found[1] == "top/train/cat/x0.jpg"
+    copies = ", ".join(f"top/test/dog/copy{i}.png = top/train/cat/3.png" for i in range(3))
+    assert answer.out.splitlines()[-5:] == [
+        "cannot be read: 4 of 20 train images: "
+        "top/train/cat/x0.jpg, top/train/cat/x1.jpg, top/train/cat/x2.jpg and 1 more",
+        "cannot be read: 1 of 12 test images: top/test/cat/2.png",
+        f"the same, byte for byte: 5 of 12 test images are in train too: {copies} and 2 more",
+        "the same, byte for byte: 1 of 12 test images are in val too: top/test/dog/a.png = top/val/dog/1.png",
+        "what was seen in training says little about new images: take it out of one of the two",
+    ]
+    assert "largest class cat 12, smallest dog 4, 3.00 to 1: dataset.balance=true draws" in answer.out
+    assert re.search(r"^cat +12 +3 +3$", answer.out, re.MULTILINE)  # what there is, not what is drawn
+    assert (tmp_path / "samples.png").exists()
+    for i in range(6):
+        (top / "test" / "dog" / ("2.png" if i == 5 else f"copy{i}.png")).unlink()
+    (top / "test" / "cat" / "2.png").unlink()
+    (top / "test" / "dog" / "a.png").unlink()
+    answer = call("datasets", *typed, "dataset.skip_unreadable=true")
+    assert answer.code == 0, answer.err
+    assert answer.out.endswith("\nno image is in two of train, val, test (byte for byte)\n")
+
+
+@pytest.mark.parametrize(
+    ("counts", "says"),
+    [
+        ({"a": 5, "b": 5}, "every class has 5 training images"),
+        ({"a": 14, "b": 10, "c": 12}, "largest class a 14, smallest b 10, 1.40 to 1"),
+        (
+            {"a": 15, "b": 10},
+            "largest class a 15, smallest b 10, 1.50 to 1: dataset.balance=true draws all equally often,",
+        ),
+        ({"a": 0, "b": 1200}, "largest class b 1,200, smallest a 0: no model learns a class without images"),
+    ],
+)
+def test_how_uneven_classes_are_and_from_where_on_something_is_done(counts, says):
+    assert uneven(counts).startswith(says) and uneven(counts).count(": ") == says.count(": ")
+
+
+def test_images_in_memory_are_compared_pixel_for_pixel():
+    """Against a plain loop; a place is that in the split, whichever samples of the data it has."""
+    generator = torch.Generator().manual_seed(0)
+    splits, seen = {}, {}
+    for name, count in (("train", 60), ("test", 40)):
+        images = torch.randint(0, 2, (count, 1, 2, 3), generator=generator).to(torch.uint8)  # of 64 that there are
+        indices = torch.randperm(count, generator=generator)[: count - 10]
+        splits[name] = Split((images, torch.zeros(count, dtype=torch.int64)), indices, 2)
+        seen[name] = [images[i].flatten().tolist() for i in indices]
+    looked = {name: look_at(split, name, 1) for name, split in splits.items()}
+    expected = [(seen["train"].index(image), b) for b, image in enumerate(seen["test"]) if image in seen["train"]]
+    assert 5 < len(expected) < 30 and in_two_splits(looked) == {("train", "test"): expected}
+    stream = Split([], None, 2)
+    assert look_at(stream, "train", 1) is None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

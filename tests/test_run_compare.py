@@ -121,6 +121,17 @@ def test_mean_over_seeds(root: Path, tmp_path: Path) -> None:
     assert float(rows[1]["val_accuracy_std"]) == pytest.approx(0.1) and rows[0]["val_accuracy_std"] == ""
 
 
+def test_mean_over_folds_and_over_folds_and_seeds(tmp_path: Path) -> None:
+    for number, accuracy in enumerate((0.5, 0.6, 0.8, 0.9)):
+        fold = {"folds": 2, "fold": number % 2}
+        make_run(tmp_path, f"0{number}", test=accuracy, val=accuracy, seed=number // 2, dataset=fold)
+    file = tmp_path / "table.csv"
+    for asked, means in (("fold", [0.85, 0.55]), ("dataset.fold", [0.85, 0.55]), ("seed,fold", [0.7])):
+        compare.command([f"mean={asked}", f"output={file}"], tmp_path)
+        with file.open(newline="") as lines:
+            assert [float(row["val_accuracy"]) for row in csv.DictReader(lines)] == pytest.approx(means)
+
+
 @pytest.mark.parametrize(
     ("typed", "said"),
     [

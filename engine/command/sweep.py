@@ -511,10 +511,10 @@ def finish(exit_code: int) -> int:
 def summary(directory: Path, rows: list[dict[str, Any]]) -> str:
     """The table of a sweep's finished runs, best first, also written as sweep.csv and drawn as sweep.png.
 
-    Where runs differ only in `seed`, one row gives their mean and standard deviation.
+    Where runs differ only in seed and fold, one row gives their mean and standard deviation.
     """
-    over_seeds = "seed" in compare.differing(rows)
-    shown = compare.mean_over(rows, "seed") if over_seeds else rows
+    repeated = [name for name in compare.differing(rows) if name in compare.REPEATED]
+    shown = compare.mean_over(rows, *repeated) if repeated else rows
     best_by = compare.chosen_by(shown)
     shown = compare.sorted_by(shown, best_by)
     columns = [column for column in compare.shown_columns(shown, always=()) if column != "state"]

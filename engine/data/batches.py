@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from engine.data.augment import Resize, to_float
 from engine.data.devices import cores, on_device, place
-from engine.data.draws import Draws, own_randomness, sample_seed, seed_everything
+from engine.data.draws import COPY, Draws, own_randomness, sample_seed, seed_everything, with_copies
 from engine.data.images import ImageFiles, open_image
 from engine.data.mixing import Mixing
 from engine.data.reader import Reader, SampleStream, users_code
-from engine.data.splits import Split
+from engine.data.splits import Split, by_class
 from engine.data.transforms import PerImage, apply, parse_transforms
 from engine.data.workers import Workers
 from engine.errors import RequestError, RunError, counted, one_line, out_of_memory
@@ -82,6 +82,10 @@ class Batches:
         option = f"dataset.{'train' if training else 'eval'}_transforms"
         parsed = parse_transforms(transforms, option)
         self.samples = self._count_samples()
+        self.classes: list[Tensor] = []  # places of the samples of each class, where these are drawn equally often
+        if training and split.balance:
+            members = by_class(split.labels(), len(split), int(sample_seed(seed, 0)))
+            self.classes = [member for member in members if len(member)]
         sizes = f"batch_size={batch_size}" + (f" accumulate={accumulate}" if accumulate > 1 else "")
         if accumulate > 1 and (least := batch_size * (accumulate - 1)) >= self.samples:
             raise RequestError(
@@ -165,10 +169,30 @@ class Batches:
                     f"expected {self.samples}, from 0 to {len(indices) - 1}"
                 )
             return indices[places]
+        if self.classes:
+            indices = indices[self._balanced(epoch)]
         if not self.shuffle:
             return indices
         bits = int(sample_seed(self.seed, epoch))
         return indices[torch.randperm(len(indices), generator=torch.Generator().manual_seed(bits))]
+
+    def _balanced(self, epoch: int) -> Tensor:
+        """The places of an epoch's samples, int64 `[n]` and rising, of each class as many, up to one.
+
+        Each class is gone round in an order of its own, and an epoch begins where the last one ended: a small class
+        comes as a whole again and again, of a large one every sample has had its turn before any comes again. The
+        samples left over by the division go round the classes too.
+        """
+        share, left_over = divmod(self.samples, len(self.classes))
+        before = left_over * (max(epoch, 1) - 1)  # of those left over, until now
+        chosen = []
+        for number, member in enumerate(self.classes):
+            first, last = (
+                share * (max(epoch, 1) - 1 + i) + _turns(before + left_over * i, number, len(self.classes))
+                for i in (0, 1)
+            )
+            chosen.append(member[torch.arange(first, last) % len(member)])
+        return torch.cat(chosen).sort().values
 
     def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of an epoch, from number `start` on.
@@ -196,7 +220,9 @@ class Batches:
 
     def _epoch(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         first = start * self.batch_size
-        order = None if self._stream is not None else self.order(epoch)[first : len(self) * self.batch_size]
+        order = None if self._stream is not None else self.order(epoch)
+        if order is not None:
+            order = (with_copies(order) if self.classes else order)[first : len(self) * self.batch_size]
         if order is None:
             source = self._from_stream(epoch, start)
             source = source if self.device.type == "cpu" else on_device(source, self.device)
@@ -231,7 +257,7 @@ class Batches:
     def _gather(self, order: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of samples that are in memory, `gathered` samples at once."""
         images, labels = self.in_memory  # type: ignore[misc]
-        order = order.to(images.device)
+        order = (order % COPY).to(images.device)
         indices, labels = order.split(self.gathered), labels.index_select(0, order)
         batches = ((images.index_select(0, i), y) for i, y in zip(indices, labels.split(self.gathered), strict=True))
         return batches if images.device.type == self.device.type else on_device(batches, self.device)
@@ -308,6 +334,11 @@ class Batches:
             return images[indices[:1].to(images.device)].to(self.device)
         assert self.workers is not None
         return self.workers.first(1, indices).to(self.device)
+
+
+def _turns(count: int, place: int, of: int) -> int:
+    """How many of the first `count` turns, which go round `of` places, are those of `place`."""
+    return (count + of - 1 - place) // of
 
 
 def _count_image_transforms(transforms: Sequence[Any], in_memory: bool) -> int:

@@ -31,6 +31,23 @@ def sample_seed(seed: int, epoch: int, index: int | Tensor = 0) -> Tensor:
     return _mix(_mix(key * _GOLDEN) + (torch.as_tensor(index) + 1) * _GOLDEN)
 
 
+COPY = 1 << 40  # more than a data set has samples
+
+
+def with_copies(order: Tensor) -> Tensor:
+    """Sample indices, int64 `[n]`, of which the second of the same sample is raised by COPY, the third by twice that.
+
+    So a sample that comes again in an epoch draws other numbers than before; `index % COPY` is the sample.
+    """
+    places = order.argsort(stable=True)
+    rising, number = order[places], torch.arange(len(order))
+    begins = torch.ones(len(order), dtype=torch.bool)
+    begins[1:] = rising[1:] != rising[:-1]
+    result = torch.empty_like(order)
+    result[places] = rising + (number - number[begins][begins.cumsum(0) - 1]) * COPY
+    return result
+
+
 class Draws:
     """The random numbers of samples: every call of `uniform` gives new ones, the same for a sample in any batch.
 

@@ -278,3 +278,10 @@ class ImageFiles(Dataset):
         rows = chosen.nonzero().flatten()
         paths, labels = self.paths[rows.numpy()].tolist(), self.targets[rows].tolist()
         return ImageFiles(paths, labels, self.channels, self.max_pixels, name, self.no_files)
+
+    def joined(self, others: ImageFiles, name: str) -> ImageFiles:
+        """These samples, and the others behind them, which are read in the same way."""
+        paths = [*self.paths.tolist(), *others.paths.tolist()]
+        labels = [*self.targets.tolist(), *others.targets.tolist()]
+        no_files = {*self.no_files, *others.no_files}
+        return ImageFiles(paths, labels, self.channels, self.max_pixels, name, no_files)

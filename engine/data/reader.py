@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 
 from engine.data.augment import to_float
-from engine.data.draws import Draws, own_randomness, random_states, sample_seed, seed_everything, set_random_states
+from engine.data.draws import (
+    COPY,
+    Draws,
+    own_randomness,
+    random_states,
+    sample_seed,
+    seed_everything,
+    set_random_states,
+)
 from engine.data.images import ImageFiles
 from engine.data.transforms import apply, resized_to
 from engine.errors import RequestError, RunError, cause, printable
@@ -94,7 +102,7 @@ class Reader:
                 if seeds is not None:
                     seed_everything(seeds[place])
                 try:
-                    read.append((place, *self._sample(index)))
+                    read.append((place, *self._sample(index % COPY)))
                 except RequestError as error:
                     if not isinstance(self.part, ImageFiles):
                         raise RunError(str(error)) from error
@@ -166,7 +174,8 @@ class Reader:
         return images, torch.stack(labels) if probabilities[0] else torch.tensor(labels)
 
     def _name(self, index: Tensor) -> str:
-        return str(self.part.paths[int(index)]) if isinstance(self.part, ImageFiles) else f"sample {int(index)}"
+        row = int(index) % COPY
+        return str(self.part.paths[row]) if isinstance(self.part, ImageFiles) else f"sample {row}"
 
 
 def _size(image: Tensor) -> str:

@@ -14,14 +14,18 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from engine.build import build, locate
+from engine.config import check_folds
 from engine.data.augment import Resize
 from engine.data.images import ImageData, ImageFiles, shown
 from engine.data.reader import cannot_be_read
 from engine.data.transforms import parse_transforms
-from engine.errors import RequestError, printable
+from engine.errors import RequestError, counted, printable, shortened
 
 # Settings of every dataset, and those of file datasets, that are used here and not by the dataset's function.
-COMMON = ("val_fraction", "limit", "train_transforms", "eval_transforms", "target_transform", "steps_per_epoch")
+COMMON = (
+    "val_fraction", "folds", "fold", "limit", "balance", "train_transforms", "eval_transforms", "target_transform",
+    "steps_per_epoch",
+)  # fmt: skip
 OF_FILES = ("skip_unreadable", "cache", "cache_dir")
 
 
@@ -37,7 +41,9 @@ class Split:
         steps: of an iterable-style data set, batches a training epoch has.
         sampler: as in `ImageData`, for training.
         skip_unreadable: go on without image files that cannot be read, in training.
+        balance: draw the classes equally often, in training.
         target_transform: of training labels, f(labels int64 `[batch]`, num_classes).
+        fold: of the training samples of a cross-validation, which part of how many validates: "0 of 5".
     """
 
     part: Any
@@ -47,7 +53,9 @@ class Split:
     steps: int | None = None
     sampler: Callable[[Tensor], Iterable[int]] | None = None
     skip_unreadable: bool = False
+    balance: bool = False
     target_transform: Callable[[Tensor, int], Tensor] | None = None
+    fold: str = ""
 
     def __len__(self) -> int:
         """Samples; 0 where only reading them could tell."""
@@ -55,6 +63,11 @@ class Split:
             return len(self.indices)
         length = len(self.part) if hasattr(self.part, "__len__") else 0
         return length if self.limit is None else min(length, self.limit)
+
+    def labels(self) -> Tensor | None:
+        """The class of every sample, int64 `[n]`, or None where only reading all of them would tell."""
+        labels = _labels(self.part)
+        return None if labels is None or self.indices is None else labels[self.indices]
 
 
 def load_splits(settings: dict[str, Any], only: str | None = None) -> tuple[dict[str, Split], list[str]]:
@@ -78,9 +91,12 @@ def load_splits(settings: dict[str, Any], only: str | None = None) -> tuple[dict
     splits, classes = divide(
         data,
         val_fraction=settings["val_fraction"],
+        folds=settings.get("folds"),
+        fold=settings.get("fold"),
         limit=settings["limit"],
         steps_per_epoch=settings.get("steps_per_epoch"),
         skip_unreadable=skip_unreadable,
+        balance=bool(settings.get("balance")),
         target_transform=None if labels_to is None else locate(labels_to, "dataset.target_transform"),
     )
     if only is not None:
@@ -94,9 +110,12 @@ def divide(
     data: ImageData,
     *,
     val_fraction: float = 0.0,
+    folds: int | None = None,
+    fold: int | None = None,
     limit: int | None = None,
     steps_per_epoch: int | None = None,
     skip_unreadable: bool = False,
+    balance: bool = False,
     target_transform: Callable[[Tensor, int], Tensor] | None = None,
 ) -> tuple[dict[str, Split], list[str]]:
     """The splits of a data set; a validation part is held out where it has none of its own.
@@ -104,9 +123,12 @@ def divide(
     Args:
         data: all its samples.
         val_fraction: of the training samples, held out of each class, 0 to 1.
+        folds, fold: into how many parts the samples for training and validation are divided, and which of them, from 0
+            on, is the validation part, instead of that share; None for no cross-validation.
         limit: samples of each split at most, in the proportions of the classes; None takes all.
         steps_per_epoch: batches of an epoch, for an iterable-style data set.
         skip_unreadable: go on without image files that cannot be read, in training.
+        balance: draw the classes equally often, in training.
         target_transform: of training labels, f(labels int64 `[batch]`, num_classes).
 
     Returns:
@@ -121,12 +143,20 @@ def divide(
             _check_part(part, name, classes)
     _check_classes(classes, data.train)
 
+    check_folds(folds, fold)
+    data = data if folds is None else _joined(data, folds)
     count, labels = _count(data.train), _labels(data.train)
-    holds_out = bool(data.val is None and val_fraction)
+    holds_out = bool(folds or (data.val is None and val_fraction))
     if labels is None and count is not None and (limit or holds_out):
         what = "samples of dataset.limit are taken" if limit else "validation is held out"
         print(f"{type(data.train).__name__} has no .targets: {what} at random, not class by class")
-    held_out = hold_out(labels, count, val_fraction) if holds_out and count is not None else None
+    held_out = None
+    if folds is not None and fold is not None and count is not None:
+        held_out = _fold_of(labels, count, folds, fold, classes)
+        sizes = f"{counted(int(held_out.sum()), 'sample')} of {len(held_out):,}"
+        print(f"dataset.fold={fold} of {folds}: {sizes} validate, and dataset.val_fraction is not used", flush=True)
+    elif holds_out and count is not None:
+        held_out = hold_out(labels, count, val_fraction)
     splits = {"train": _split(data.train, None if held_out is None else ~held_out, len(classes), limit)}
     if data.val is not None:
         splits["val"] = _split(data.val, None, len(classes), limit)
@@ -135,15 +165,72 @@ def divide(
     splits["test"] = _split(data.test, None, len(classes), limit)
     for name, split in splits.items():
         _check_files(split, name, skip_unreadable)
-    sampler = _check_sampling(splits["train"], steps_per_epoch, data.sampler, held_out=held_out is not None)
+    train = replace(splits["train"], fold="" if folds is None else f"{fold} of {folds}")
+    sampler = _check_sampling(train, steps_per_epoch, data.sampler, held_out=held_out is not None)
     splits["train"] = replace(
-        splits["train"],
+        train,
         steps=steps_per_epoch,
         sampler=sampler,
         skip_unreadable=skip_unreadable,
+        balance=balance,
         target_transform=target_transform,
     )
+    if balance:
+        _check_balance(splits["train"])
     return splits, classes
+
+
+def _joined(data: ImageData, folds: int) -> ImageData:
+    """The data with the samples for validation, where there are some, behind those for training.
+
+    Raises:
+        RequestError: they are of a kind that cannot be divided, or joined.
+    """
+    asked, train, val = f"dataset.folds={folds}", data.train, data.val
+    if _count(train) is None:
+        raise RequestError(f"{asked}: {type(train).__name__} is iterable-style, so its samples cannot be divided")
+    if val is None:
+        return data
+    if data.sampler is not None:
+        raise RequestError(f"{asked}: the sampler of the data knows no validation samples; leave out sampler= or val=")
+    joined: Any = None
+    if isinstance(train, ImageFiles) and isinstance(val, ImageFiles):
+        joined = train.joined(val, "train+val")
+    elif isinstance(train, tuple) and isinstance(val, tuple) and train[0].shape[1:] == val[0].shape[1:]:
+        joined = torch.cat([train[0], val[0]]), torch.cat([train[1], val[1]])
+    if joined is None:
+        kinds = " and ".join(
+            f"images {list(part[0].shape[1:])}" if isinstance(part, tuple) else type(part).__name__
+            for part in (train, val)
+        )
+        raise RequestError(
+            f"{asked}: its training and validation samples ({kinds}) cannot be joined, only image files or images in "
+            "memory of one shape can; leave dataset.folds and fold out"
+        )
+    both = f"its {_count(train):,} training and {_count(val):,} validation samples"
+    print(f"{asked}: {both} are joined and divided anew", flush=True)
+    return replace(data, train=joined, val=None)
+
+
+def _fold_of(labels: Tensor | None, count: int, folds: int, fold: int, classes: list[str]) -> Tensor:
+    """The mask of a fold.
+
+    Raises:
+        RequestError: there are fewer samples than folds, or a class would be missing in training.
+    """
+    if count < folds:
+        raise RequestError(f"dataset.folds={folds}: there are only {counted(count, 'sample')} to divide")
+    if labels is not None:
+        sizes = labels.bincount(minlength=len(classes)).tolist()
+        if alone := [name for name, size in zip(classes, sizes, strict=True) if size == 1]:
+            raise RequestError(
+                f"dataset.folds={folds}: there is a single sample of class {alone[0]}, and where it validates none is "
+                "left for training; add images, or remove the class"
+            )
+        if small := [name for name, size in zip(classes, sizes, strict=True) if 0 < size < folds]:
+            named = shortened(", ".join(small), 200)
+            print(f"classes with fewer samples than folds, so that some folds validate without: {named}", flush=True)
+    return fold_numbers(labels, count, folds) == fold
 
 
 def _split(part: Any, chosen: Tensor | None, num_classes: int, limit: int | None) -> Split:
@@ -199,11 +286,25 @@ def _check_sampling(
     if sampler is None or callable(sampler):
         return sampler
     if held_out:
+        way_out = "leave out dataset.folds and fold" if split.fold else "set dataset.val_fraction=0"
         raise RequestError(
             "dataset: its sampler draws from all training samples, and some are held out for validation; "
-            "make it a function of the indices that are left, or set dataset.val_fraction=0"
+            f"make it a function of the indices that are left, or {way_out}"
         )
     return lambda indices: sampler
+
+
+def _check_balance(split: Split) -> None:
+    """Refuse to draw classes equally often where they are not known, or something else says what is drawn."""
+    name = type(split.part).__name__
+    if split.indices is None:
+        raise RequestError(f"dataset.balance=true: {name} is iterable-style, and gives what it gives; set it to false")
+    if split.sampler is not None:
+        raise RequestError("dataset.balance=true: the data has a sampler, which says what is drawn; set it to false")
+    if split.labels() is None:
+        raise RequestError(
+            f"dataset.balance=true: {name} does not tell its labels; give it .targets, a class number for each sample"
+        )
 
 
 def _from_cache(splits: dict[str, Split], settings: dict[str, Any], skip_unreadable: bool) -> dict[str, Split]:
@@ -257,6 +358,8 @@ def fingerprint(splits: dict[str, Split]) -> str:
             chosen = split.indices if labels is None else labels[split.indices]
             checksum = zlib.crc32(np.ascontiguousarray(chosen.numpy()).tobytes())
         texts.append(f"{name} {len(split)} {checksum:08x}")
+    if splits["train"].fold:  # labels may be the same in all of them
+        texts.append(f"fold {splits['train'].fold}")
     return ", ".join(texts)
 
 
@@ -308,10 +411,10 @@ def _labels(part: Any) -> Tensor | None:
 
 def class_counts(split: Split, classes: list[str]) -> dict[str, int] | None:
     """Samples of every class, or None where only reading all of them would tell."""
-    labels = _labels(split.part)
-    if labels is None or split.indices is None:
+    labels = split.labels()
+    if labels is None:
         return None
-    return dict(zip(classes, labels[split.indices].bincount(minlength=len(classes)).tolist(), strict=True))
+    return dict(zip(classes, labels.bincount(minlength=len(classes)).tolist(), strict=True))
 
 
 def hold_out(labels: Tensor | None, count: int, fraction: float, seed: int = 0) -> Tensor:
@@ -327,7 +430,7 @@ def hold_out(labels: Tensor | None, count: int, fraction: float, seed: int = 0) 
         seed: another one, another choice.
     """
     held_out = torch.zeros(count, dtype=torch.bool)
-    members = _by_class(labels, count, seed)
+    members = by_class(labels, count, seed)
     sizes = [len(member) for member in members]
     taken = [min(round(fraction * size), size - 1) if size else 0 for size in sizes]
     missing = max(1, round(fraction * count)) - sum(taken) if fraction else 0
@@ -337,6 +440,22 @@ def hold_out(labels: Tensor | None, count: int, fraction: float, seed: int = 0) 
     for member, number in zip(members, taken, strict=True):
         held_out[member[:number]] = True
     return held_out
+
+
+def fold_numbers(labels: Tensor | None, count: int, folds: int) -> Tensor:
+    """The fold of every sample, int64 `[count]`, 0 to folds - 1, for a stratified cross-validation.
+
+    A shuffle of each class, one class after the other, is dealt out in turns: so the sizes of the folds, and what they
+    have of a class, differ by one at most.
+
+    Args:
+        labels: int64 `[count]`, or None.
+        count: samples.
+        folds: how many.
+    """
+    numbers = torch.empty(count, dtype=torch.int64)
+    numbers[torch.cat(by_class(labels, count, seed=3))] = torch.arange(count) % folds
+    return numbers
 
 
 def spread(labels: Tensor | None, count: int, limit: int | None) -> Tensor:
@@ -351,7 +470,7 @@ def spread(labels: Tensor | None, count: int, limit: int | None) -> Tensor:
     """
     if limit is None or limit >= count:
         return torch.arange(count)
-    members = _by_class(labels, count, seed=2)
+    members = by_class(labels, count, seed=2)
     turns = []
     for member in members:
         turn = (torch.arange(len(member)) + 0.5) / len(member)  # F. Webster's way to share out seats
@@ -361,7 +480,7 @@ def spread(labels: Tensor | None, count: int, limit: int | None) -> Tensor:
     return torch.cat(members)[chosen].sort().values
 
 
-def _by_class(labels: Tensor | None, count: int, seed: int) -> list[Tensor]:
+def by_class(labels: Tensor | None, count: int, seed: int) -> list[Tensor]:
     """The places of the samples of every class, shuffled; all in one where there are no labels."""
     shuffled = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     if labels is None:

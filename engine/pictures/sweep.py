@@ -22,11 +22,12 @@ def sweep_figure(rows: Sequence[dict[str, Any]], shown: Sequence[dict[str, Any]]
 
     Args:
         rows: the finished runs, as compare.read_runs gives them.
-        shown: the rows of the table, best first; where they stand for several seeds, with the standard deviation.
+        shown: the rows of the table, best first; with the standard deviation where they are of several seeds or folds.
         column: the accuracy on the axis.
         name: of the sweep.
     """
-    settings = [setting for setting in compare.differing(rows) if setting != "seed"]
+    differing = compare.differing(rows)
+    settings = [setting for setting in differing if setting not in compare.REPEATED]
     values = {setting: [row[setting] for row in rows if setting in row] for setting in settings}
     panels = [  # of numbers, or of few enough other values to be told apart on an axis
         setting for setting in settings if _are_numbers(values[setting]) or len(set(map(str, values[setting]))) <= 6
@@ -40,7 +41,8 @@ def sweep_figure(rows: Sequence[dict[str, Any]], shown: Sequence[dict[str, Any]]
     page = Page(width, top + max(list_height + 62, grid_rows * (up + below)))
     runs = counted(len(rows), "run") + (f", the best {len(best)}" if len(best) < len(shown) else "")
     page.write(16, 26, f"{fitted(name, 12, width - 250)}: {runs}", 12, bold=True)
-    means = "; a ring is the mean over seeds, its bar their standard deviation" if "runs" in best[0] else ""
+    over = " and ".join(f"{name.rpartition('.')[2]}s" for name in compare.REPEATED if name in differing)
+    means = f"; a ring is the mean over {over}, its bar their standard deviation" if "runs" in best[0] else ""
     page.write(16, 50, fitted(f"A dot is a run, the best on top{means}", 9, width - 32), color=GREY)
 
     axes = page.axes(left, top, plot, list_height)

@@ -34,6 +34,7 @@ RESULTS = (
     "run", "state", "train_accuracy", "val_accuracy", "val_loss", "test_accuracy", "test_loss", "best_epoch", "epoch",
     "seconds",
 )  # fmt: skip
+REPEATED = ("seed", "dataset.fold")  # runs that differ in these alone are repetitions: a sweep's table has their mean
 ALWAYS = ("model", "dataset")  # shown even where all runs agree
 MOST_METRICS, MOST_EPOCHS = 1 << 23, 100_000  # bytes and lines of a metrics.csv
 AVERAGED = ("train_accuracy", "val_accuracy", "test_accuracy")
@@ -264,16 +265,17 @@ def sorted_by(rows: Sequence[Row], column: str) -> list[Row]:
     return present + [row for row in rows if row.get(name) is None]
 
 
-def mean_over(rows: Sequence[Row], setting: str) -> list[Row]:
-    """One row for the finished runs that differ only in `setting`: their number, mean, standard deviation (n - 1)."""
+def mean_over(rows: Sequence[Row], *settings: str) -> list[Row]:
+    """One row for the finished runs that differ only in `settings`: their number, mean, standard deviation (n - 1)."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
         if row["state"] == "finished":
-            own = sorted((key, repr(v)) for key, v in row.items() if key not in (*NOT_SETTINGS, setting))
+            own = sorted((key, repr(v)) for key, v in row.items() if key not in (*NOT_SETTINGS, *settings))
             groups.setdefault(repr(own), []).append(row)
     means = []
     for group in groups.values():
-        mean = {key: value for key, value in group[0].items() if key not in (*RESULTS, setting)} | {"runs": len(group)}
+        mean = {key: value for key, value in group[0].items() if key not in (*RESULTS, *settings)}
+        mean["runs"] = len(group)
         for key in AVERAGED:
             values = [row[key] for row in group if row[key] is not None]
             mean[key] = statistics.fmean(values) if values else None
@@ -392,7 +394,7 @@ def command(arguments: Sequence[str], root: Path, width: int | None = None) -> s
         return f"of {counted(total, 'run')} none fulfils {shortened(' '.join(conditions), 200)}"
     broken = damages(rows)
     if "mean" in options:
-        rows = mean_over(rows, column_named(options["mean"], rows))
+        rows = mean_over(rows, *(column_named(name.strip(), rows) for name in options["mean"].split(",")))
         if not rows:
             raise RequestError(f"--runs mean={options['mean']}: none of these runs has finished")
     if "sort" in options:
