@@ -12,6 +12,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,16 @@ import torch
 from torch import Tensor, nn
 
 from engine import files
+from engine.data.augment import Normalize, Resize
 from engine.data.devices import use_threads
 from engine.data.download import no_downloads
-from engine.data.graph import in_graph
+from engine.data.graph import cropped, in_graph
 from engine.data.images import ImageFiles
 from engine.data.splits import Split, load_splits
-from engine.errors import RequestError, RunError, counted, one_line, printable
+from engine.errors import RequestError, RunError, one_line, printable
 from engine.run import checkpoint, runs, tensors, trust
 from evaluate import check_output, settings_for
-from predict import Classifier, Images, Settings, collate, load
+from predict import Classifier, Images, Settings, load
 
 NEEDS = {".onnx": ("onnx", "onnxscript", "onnxruntime"), ".pt2": (), ".safetensors": ("safetensors",)}
 SAMPLES = 200  # that both the file and the program predict
@@ -64,9 +66,9 @@ def main(config: dict[str, Any]) -> None:
     else:
         graph = traced(Whole(model, settings), settings.input_shape, path)
         content = as_onnx(graph, about, path) if output.suffix == ".onnx" else as_pt2(graph, about)
-        images, of = samples(saved, config, path, settings.input_shape)
+        images, what = samples(saved, config, path, settings.input_shape)
         answers = answers_of_onnx(content) if output.suffix == ".onnx" else answers_of_pt2(content)
-        print(f"{compared(answers, model, images, settings, output)} of {of}")
+        print(f"{compared(answers, model, images, settings, output)} {what}")
     files.write(output, content, sync=True)
     print(f"written to {printable(str(output))}: {len(settings.classes)} classes, {len(content) / 1e6:,.1f} MB")
 
@@ -86,7 +88,14 @@ class Whole(nn.Module):
         super().__init__()
         self.model = model
         prepared = Images([], settings.input_shape, settings.eval_transforms, settings.max_pixels)
-        self.transforms = [in_graph(transform) for _, transform in prepared.for_image + prepared.for_batch]
+        transforms = [transform for _, transform in prepared.for_image + prepared.for_batch]
+        self.transforms = [in_graph(transform) for transform in transforms]
+        shaping = [transform for transform in transforms if not isinstance(transform, Normalize)]
+        if isinstance(shaping[-1], Resize) and len(shaping[-1].size) == 1:
+            print(
+                "note: Resize to the shorter side; of what then is too long for the network the graph takes the middle"
+            )
+            self.transforms.append(partial(cropped, size=settings.input_shape[1:]))
 
     def forward(self, images: Tensor) -> Tensor:
         """Of uint8 images `[batch, height, width, channels]` the probabilities, float32 `[batch, classes]`."""
@@ -259,16 +268,16 @@ def samples(
         with no_downloads():
             splits, _ = load_splits(asked["dataset"], only="test")
         images = read(splits["test"])
-        of = f"{counted(len(images), 'sample')} of the test split of {printable(str(asked['choices']['dataset']))}"
+        what = f"samples of the test split of {printable(str(asked['choices']['dataset']))}"
     except Exception as error:  # a data set may be anybody's code
         print(f"compared on random images, as the test split cannot be had: {one_line(error)}")
         channels, height, width = input_shape
         generator = torch.Generator().manual_seed(0)
         shape = (SAMPLES, channels, height, width)
         images = [*torch.randint(256, shape, generator=generator, dtype=torch.uint8)]
-        of = f"{SAMPLES} random images"
+        what = "random images"
     parts = [image[:, : 1 + image.shape[1] * 2 // 3, : 1 + image.shape[2] // 2] for image in images]
-    return [part if n % 4 == 3 else whole for n, (whole, part) in enumerate(zip(images, parts, strict=True))], of
+    return [part if n % 4 == 3 else whole for n, (whole, part) in enumerate(zip(images, parts, strict=True))], what
 
 
 def read(split: Split) -> list[Tensor]:
@@ -291,24 +300,28 @@ def compared(answers: Answers, model: nn.Module, images: Sequence[Tensor], setti
     device = torch.device("cpu")
     prepared = Images(images, settings.input_shape, settings.eval_transforms, settings.max_pixels)
     classifier = Classifier(model, prepared, settings.classes, 1, device)
-    of_size: dict[torch.Size, list[int]] = {}
-    for index, image in enumerate(images):
-        of_size.setdefault(image.shape, []).append(index)
+    of_size: dict[torch.Size, list[tuple[int, Any, bool]]] = {}
+    refused = "there are no images"
+    for sample in (prepared[index] for index in range(len(images))):
+        if isinstance(sample[1], str):  # by predict.py too
+            refused = sample[1]
+        else:
+            of_size.setdefault(images[sample[0]].shape, []).append(sample)
     differences, others = [], 0
-    for indices in of_size.values():
-        for batch in torch.tensor(indices).split(BATCH):
-            pixels, about = collate([prepared[index] for index in batch.tolist()])
-            if pixels is None:
-                raise RunError(f"{output}: not written, as there is nothing to compare it by: {about[0][1]}")
-            own = classifier.probabilities(pixels, batch)
-            try:
-                found = answers(torch.stack([images[i] for i in batch.tolist()]).permute(0, 2, 3, 1).contiguous())
-            except Exception as error:  # of onnxruntime or torch
-                raise RunError(f"{output}: not written, as it cannot be run: {one_line(error)}") from error
-            differences.append((found - own).abs().amax(1))
-            others += int((found.argmax(1) != own.argmax(1)).sum())
-    largest, count = float(torch.cat(differences).max()), len(images)
+    for batch in (same_size[n : n + BATCH] for same_size in of_size.values() for n in range(0, len(same_size), BATCH)):
+        indices = [index for index, _, _ in batch]
+        own = classifier.probabilities(torch.stack([pixels for _, pixels, _ in batch]), torch.tensor(indices))
+        try:
+            found = answers(torch.stack([images[index] for index in indices]).permute(0, 2, 3, 1).contiguous())
+        except Exception as error:  # of onnxruntime or torch
+            raise RunError(f"{output}: not written, as it cannot be run: {first_words(error)}") from error
+        differences.append((found - own).abs().amax(1))
+        others += int((found.argmax(1) != own.argmax(1)).sum())
+    if not differences:
+        raise RunError(f"{output}: not written, as there is nothing to compare it by: {refused}")
+    largest = float(torch.cat(differences).max())
     said = f"the largest difference of a probability is {largest:.1e}, and {others:,} predictions differ"
+    said = f"{said} of {sum(map(len, of_size.values())):,}"
     if not largest <= ROUNDING:
-        raise RunError(f"{output}: not written: it predicts otherwise than predict.py: {said} of {count:,}")
+        raise RunError(f"{output}: not written: it predicts otherwise than predict.py: {said}")
     return said

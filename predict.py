@@ -109,9 +109,7 @@ class Settings:
     batch_size: int
 
 
-def load(
-    saved: dict[str, Any], path: Path, config: dict[str, Any], device: torch.device
-) -> tuple[nn.Module, Settings]:
+def load(saved: dict[str, Any], path: Path, config: dict[str, Any], device: torch.device) -> tuple[nn.Module, Settings]:
     """A checkpoint's model, ready to predict, and what goes with it; of a bare state_dict as the command line says.
 
     Args:

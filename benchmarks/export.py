@@ -2,7 +2,8 @@
 
 Of a checkpoint that was trained on Fashion-MNIST: all 10,000 test images, then 500 of them as PNG files of many sizes,
 and as large JPEG files, which predict.py decodes at reduced size and this script, for the exported file, as a whole.
-Printed are the largest difference of a probability and how many predictions differ.
+Printed are the largest difference of a probability, the mean over images of their largest, and how many predictions
+differ.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ def compare(what: str, answers: dict[str, Answers], wanted: Tensor, batches: Seq
         with torch.inference_mode():
             found = torch.cat([answer(batch) for batch in batches])
         others = int((found.argmax(1) != wanted.argmax(1)).sum())
-        print(f"{what:<34} {name:<6} {float((found - wanted).abs().max()):.1e}  {others} of {len(wanted):,} differ")
+        each = (found - wanted).abs().amax(1)
+        largest, mean = float(each.max()), float(each.mean())
+        print(f"{what:<40} {name:<6} {largest:8.1e} {mean:8.1e}  {others} of {len(wanted):,} predictions differ")
 
 
 def main() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import io
 import json
 import re
 import struct
@@ -55,7 +54,7 @@ def test_scaled_bytes_are_torchs_bytes(interpolation: str) -> None:
 def test_cropped_is_torchvisions() -> None:
     from torchvision.transforms import v2
 
-    for before in SIZES:
+    for before in [*SIZES, (11, 8), (8, 11)]:
         image = torch.arange(before[0] * before[1]).view(1, 1, *before).to(torch.int32) + 1
         for after in [(12, 12), (5, 8), (8, 41)]:
             assert torch.equal(cropped(image, after), v2.functional.center_crop(image, list(after))), (before, after)
@@ -156,6 +155,32 @@ def test_an_onnx_file_predicts_what_predict_does(call: Call, made: Place, tmp_pa
     assert session.run(None, {"images": several})[0].shape == (5, 3)
 
 
+@pytest.mark.parametrize(
+    "transforms",
+    [
+        [],
+        [{"Resize": {"size": 14}}, {"CenterCrop": {"size": 12}}, TRANSFORMS[1]],
+        [{"CenterCrop": {"size": [12, 12]}}],
+        [{"Resize": {"size": [20, 9], "interpolation": "bicubic"}}, *TRANSFORMS],
+        [{"Resize": {"size": 12, "interpolation": "nearest"}}],
+    ],
+)
+def test_what_lies_before_the_network_is_what_predict_does(made: Place, tmp_path: Path, transforms: list[Any]) -> None:
+    from predict import Predictor
+
+    write_checkpoint(tmp_path / "best.pt", {"root": "gone", "eval_transforms": transforms})
+    predictor = Predictor(tmp_path / "best.pt", "cpu")
+    whole = export.Whole(predictor.model, predictor.settings)
+    images = [torch.from_numpy(np.asarray(Image.open(made.folder / path)).copy()) for path in made.said]
+    compared = 0
+    for image, prediction in zip(images, predictor([image.permute(2, 0, 1) for image in images]), strict=True):
+        if prediction.error is None:  # not square after Resize to the shorter side
+            found = dict(zip(CLASSES, whole(image[None])[0].tolist(), strict=True))
+            assert found == pytest.approx(dict(prediction.ranked), abs=1e-5)
+            compared += 1
+    assert compared == (2 if transforms and transforms[-1].get("Resize", {}).get("size") == 12 else len(SIZES))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Weights alone
 
@@ -181,13 +206,13 @@ def test_evaluate_and_predict_read_exported_weights(call: Call, made: Place, tmp
         assert set(opened.keys()) == set(MLP((3, 12, 12), 3, hidden=[16]).state_dict())
     found, wanted = (checkpoint.read(file) for file in (tmp_path / "weights.safetensors", made.best))
     assert found.keys() == wanted.keys() and checkpoint.is_ours(found)
-    outputs = []
-    for file in (made.best, "weights.safetensors"):
-        evaluated = call("evaluate", str(file), "output=result.json", "device=cpu")
-        predicted = call("predict", str(made.folder / "photos"), str(file), "device=cpu")
-        assert evaluated.code == predicted.code == 0, evaluated.err + predicted.err
-        outputs.append((evaluated.out.partition(", ")[2], predicted.out))
-    assert outputs[0] == outputs[1]
+    assert call("evaluate", "weights.safetensors", "output=result.json", "device=cpu").code == 0
+    answer = call("predict", str(made.folder / "photos"), "weights.safetensors", "output=said.json", "device=cpu")
+    assert answer.code == 0, answer.err
+    for prediction in json.loads((tmp_path / "said.json").read_text()):
+        shares = {one["class"]: one["probability"] for one in prediction["top"]}
+        said = made.said[str(Path(prediction["image"]).relative_to(made.folder))]
+        assert [shares[name] for name in CLASSES] == pytest.approx(said, abs=1e-6)
 
 
 def test_a_file_of_weights_without_metadata_is_a_bare_state_dict(call: Call, made: Place, tmp_path: Path) -> None:
@@ -302,10 +327,12 @@ def test_a_model_that_cannot_be_traced_is_told_in_a_line(
 def test_a_file_that_answers_otherwise_is_not_left_behind(
     call: Call, made: Place, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Neither is the file harmed that was there before."""
+    """Neither is the file harmed that was there before. Here the graph takes 250 for all brighter pixels."""
     (tmp_path / "model.pt2").write_text("of yesterday")
-    real = export.Whole.forward
-    monkeypatch.setattr(export.Whole, "forward", lambda self, images: real(self, images.clamp(max=250)))
+    graphs: list[export.Whole] = []
+    monkeypatch.setattr(export, "traced", lambda whole, *_: graphs.append(whole))
+    monkeypatch.setattr(export, "as_pt2", lambda *_: b"of today")
+    monkeypatch.setattr(export, "answers_of_pt2", lambda content: lambda images: graphs[0](images.clamp(max=250)))
     answer = call("export", str(made.best), "output=model.pt2")
     assert answer.code == 1 and len(answer.err.splitlines()) == 1
     assert "not written: it predicts otherwise than predict.py: the largest difference" in answer.err
@@ -313,12 +340,16 @@ def test_a_file_that_answers_otherwise_is_not_left_behind(
     assert (tmp_path / "model.pt2").read_text() == "of yesterday"
 
 
-def test_without_the_data_random_images_are_compared_and_said_to_be(call: Call, made: Place, tmp_path: Path) -> None:
+def test_without_the_data_random_images_are_compared_and_said_to_be(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_checkpoint(tmp_path / "best.pt", {"root": str(tmp_path / "gone")})
-    answer = call("export", "best.pt", "output=model.pt2")
-    assert answer.code == 0, answer.err
-    assert "compared on random images, as the test split cannot be had: " in answer.out
-    assert "of 200 random images" in answer.out
+    saved = checkpoint.read(tmp_path / "best.pt")
+    images, what = export.samples(saved, {"choices": {}, "batch_size": None}, tmp_path / "best.pt", (3, 12, 12))
+    said = capsys.readouterr().out
+    assert said.startswith("compared on random images, as the test split cannot be had: ") and "gone" in said
+    assert what == "random images" and len({image.shape for image in images}) == 2
+    assert len(said.splitlines()) == 1 and len(images) == 200
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -157,7 +157,7 @@ class SweepStart(Callback):
 
 
 def _without_experiment(arguments: list[str]) -> list[str]:
-    """The command line of evaluate.py, predict.py or export.py without `experiment=NAME` and the words about its model and data.
+    """A command line about a checkpoint without `experiment=NAME` and the words about its model and data.
 
     An experiment sets what training has. It is composed with training's configuration, by _of_training().
     """

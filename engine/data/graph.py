@@ -1,8 +1,8 @@
 """The transforms of evaluation as an exported graph has them: plain tensor operations, for images of any size.
 
 On the CPU torch scales bytes in two passes, first along the rows and then along the columns; each has weights of 16
-bits and rounds to bytes. Interpolation in other programs does neither, and its pixels differ by one here and there. Here
-a pass is the product with the matrix of those weights, in float64, in which the sums of integers are exact.
+bits and rounds to bytes. Interpolation in other programs does neither, and its pixels differ by one here and there.
+Here a pass is the product with the matrix of those weights, in float64, in which the sums of integers are exact.
 """
 
 from __future__ import annotations
@@ -49,15 +49,16 @@ def scaled(images: Tensor, size: Sequence[int], interpolation: str) -> Tensor:
         size: (height, width), or what the shorter side becomes.
         interpolation: bilinear or bicubic, with antialiasing, or nearest.
     """
-    before = images.shape[2:]
-    height, width = size if len(size) == 2 else (size[0] * n // torch.sym_min(*before) for n in before)
+    before, after = images.shape[2:], list[Any](size)
+    if len(size) == 1:
+        after = [size[0] * side // torch.sym_min(*before) for side in before]
     if interpolation == "nearest":
-        rows, columns = _nearest(before[0], height), _nearest(before[1], width)
+        rows, columns = map(_nearest, before, after)
         return images.index_select(2, rows).index_select(3, columns)
     as_bytes = images.dtype == torch.uint8
     result = images.double()
-    for axis, after in ((3, width), (2, height)):
-        weights = _weights(before[axis - 2], after, interpolation)
+    for axis in (3, 2):
+        weights = _weights(before[axis - 2], after[axis - 2], interpolation)
         unit = _unit(weights) if as_bytes else 1.0
         if as_bytes:  # each weight rounded, halves away from zero
             weights = torch.where(weights < 0, -torch.floor(0.5 - weights * unit), torch.floor(0.5 + weights * unit))

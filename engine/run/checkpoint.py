@@ -79,8 +79,8 @@ def read(path: Path) -> dict[str, Any]:
     return found
 
 
-# What a checkpoint holds besides its weights, under its name in the metadata of a `.safetensors` file, where others have
-# a "format" of their own.
+# What a checkpoint holds besides its weights, under its name in the metadata of a `.safetensors` file, where others
+# have a "format" of their own.
 ABOUT = {name: name for name in ("classes", "input_shape", "config", "signature")} | {"checkpoint_format": "format"}
 
 
