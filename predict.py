@@ -65,7 +65,7 @@ def main(config: dict[str, Any]) -> None:
 
     # The model, and what is done to an image before it.
     path = Path(config["checkpoint"]) if config["checkpoint"] else runs.newest_best()
-    model, settings = load(path, config, device)
+    model, settings = load(checkpoint.read(path), path, config, device)
     classes = settings.classes
     images = Images(paths, settings.input_shape, settings.eval_transforms, settings.max_pixels)
     classifier = Classifier(model, images, classes, config["top_k"], device)
@@ -109,13 +109,18 @@ class Settings:
     batch_size: int
 
 
-def load(path: Path, config: dict[str, Any], device: torch.device) -> tuple[nn.Module, Settings]:
+def load(saved: dict[str, Any], path: Path, config: dict[str, Any], device: torch.device) -> tuple[nn.Module, Settings]:
     """A checkpoint's model, ready to predict, and what goes with it; of a bare state_dict as the command line says.
 
+    Args:
+        saved: as `checkpoint.read` gives it.
+        path: its file, for messages.
+        config: the checked configuration.
+        device: where the model is to be.
+
     Raises:
-        RequestError: there is none, or it cannot be used.
+        RequestError: it cannot be used.
     """
-    saved = checkpoint.read(path)
     if "config" in saved:
         for group in ("experiment", "model", "dataset"):
             if asked := config.get("choices", {}).get(group):
@@ -171,6 +176,51 @@ class Prediction:
     ranked: Ranked
     error: str | None = None
     scaled: bool = False
+
+
+class Predictor:
+    """A checkpoint that tells what is in images, for a notebook or a program.
+
+        predictor = Predictor("checkpoints/latest/best.pt")
+        for prediction in predictor(["photo.png"]):
+            print(prediction.image, prediction.ranked)
+
+    Args:
+        path: the checkpoint; None takes best.pt of the newest run.
+        device: as the setting of that name.
+
+    Attributes:
+        model: the network, in evaluation mode.
+        classes: the names of its classes.
+
+    Raises:
+        RequestError: there is no such checkpoint, or it cannot be used.
+    """
+
+    def __init__(self, path: str | os.PathLike[str] | None = None, device: str = "auto") -> None:
+        path = Path(path) if path is not None else runs.newest_best()
+        self.device = choose_device(device)
+        self.model, self.settings = load(checkpoint.read(path), path, {"batch_size": None}, self.device)
+        self.classes = self.settings.classes
+
+    def __call__(self, images: Sequence[str | os.PathLike[str] | Tensor], top_k: int = 3) -> list[Prediction]:
+        """The predictions, in the order of the images; one that cannot be read has its `error` set.
+
+        Args:
+            images: paths, or tensors `[channels, height, width]` of any size, uint8 0 to 255 or floats 0 to 1.
+            top_k: how many classes to tell of each.
+
+        Raises:
+            RunError: the device has too little memory.
+        """
+        if isinstance(images, (str, os.PathLike)):
+            images = [images]
+        given = [image if isinstance(image, Tensor) else Path(image) for image in images]
+        settings = self.settings
+        prepared = Images(given, settings.input_shape, settings.eval_transforms, settings.max_pixels)
+        classifier = Classifier(self.model, prepared, self.classes, top_k, self.device)
+        truths = [None if isinstance(image, Tensor) else true_class(image, self.classes) for image in given]
+        return [one for batch in predicted(classifier, truths, settings.batch_size, num_workers=0) for one in batch]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -243,7 +293,7 @@ class Images(Dataset):
     """Image files, brought to the model's shape as evaluation does it.
 
     Args:
-        paths: the files.
+        paths: the files; tensors `[channels, height, width]` are taken as images that are read already.
         input_shape: the model's (channels, height, width).
         eval_transforms: the YAML's list; without Resize it gets one to the model's size first. What comes before
             `Normalize` is done here, in the process that reads, the rest in batches on the device.
@@ -251,7 +301,11 @@ class Images(Dataset):
     """
 
     def __init__(
-        self, paths: Sequence[Path], input_shape: Sequence[int], eval_transforms: Sequence[Any], max_pixels: int
+        self,
+        paths: Sequence[Path | Tensor],
+        input_shape: Sequence[int],
+        eval_transforms: Sequence[Any],
+        max_pixels: int,
     ) -> None:
         self.paths, self.input_shape, self.max_pixels = paths, tuple(input_shape), max_pixels
         transforms = parse_transforms(eval_transforms, "dataset.eval_transforms")
@@ -272,17 +326,29 @@ class Images(Dataset):
     def __getitem__(self, index: int) -> tuple[int, Tensor | str, bool]:
         """Index, the image `[channels, height, width]` or why there is none, whether a Resize was put in for it."""
         try:
-            image = read_image(self.paths[index], self.input_shape[0], self.max_pixels, self.at_least)
+            image = self._read(self.paths[index])
             scaled = self.scales and image.shape != self.input_shape
             needed = self.for_image if scaled or not self.scales else self.for_image[1:]
             image = self._transformed(needed, image[None], index)[0] if needed else image
         except RunError as error:
-            reason = str(error).removeprefix(f"{self.paths[index]}: ")
+            reason = str(error).removeprefix(f"{self.name(index)}: ")
             reason = re.split("; (?:replace|make it) ", reason)[0]  # advice for a data set; here the others go on
             return index, reason, False
         if image.shape != self.input_shape:
             return index, f"comes out as {list(image.shape)}, the model takes {list(self.input_shape)}", False
         return index, image, scaled
+
+    def name(self, index: int) -> str:
+        """An image's path; of a tensor its number."""
+        given = self.paths[index]
+        return f"image {index}" if isinstance(given, Tensor) else str(given)
+
+    def _read(self, given: Path | Tensor) -> Tensor:
+        if not isinstance(given, Tensor):
+            return read_image(given, self.input_shape[0], self.max_pixels, self.at_least)
+        if given.ndim != 3 or not (given.dtype == torch.uint8 or given.is_floating_point()) or 0 in given.shape:
+            raise RunError(f"{given.dtype} {list(given.shape)}; expected uint8 or floats [channels, height, width]")
+        return given.cpu() if given.dtype == torch.uint8 else given.cpu().float()
 
     def on_device(self, images: Tensor, indices: Tensor, device: torch.device) -> Tensor:
         """A batch of images as the model gets them, floats `[batch, channels, height, width]`."""
@@ -329,13 +395,17 @@ class Classifier:
         if pixels is None:
             return []
         indices = torch.tensor([index for index, error, _ in about if error is None])
-        probabilities = self.model(self.images.on_device(pixels, indices, self.device)).float().softmax(1)
+        probabilities = self.probabilities(pixels, indices)
         values, places = probabilities.topk(min(self.top_k, len(self.classes)))
         rows = zip(values.tolist(), places.tolist(), strict=True)
         return [
             [(self.classes[c], p) for p, c in zip(row, column, strict=True)] if math.isfinite(sum(row)) else []
             for row, column in rows
         ]
+
+    def probabilities(self, pixels: Tensor, indices: Tensor) -> Tensor:
+        """Of a batch of what `Images` gives, and the indices of these, floats `[batch, classes]`."""
+        return self.model(self.images.on_device(pixels, indices, self.device)).float().softmax(1)
 
     def classified(self, samples: Sequence[tuple[int, Tensor | str, bool]]) -> tuple[list[Ranked], list[About]]:
         """`collate`, with the classes of the images in place of the images."""
@@ -365,7 +435,7 @@ def predicted(
             for i, error, scaled in about:
                 first = [] if error else next(ranked)
                 error = error or (None if first else "the model gives no finite numbers for it")
-                batch.append(Prediction(str(images.paths[i]), truths[i], first, error, scaled))
+                batch.append(Prediction(images.name(i), truths[i], first, error, scaled))
             yield batch
     except torch.OutOfMemoryError:
         raise RunError(f"batch_size={batch_size}: too much for the memory of {device}; try {batch_size // 2}") from None

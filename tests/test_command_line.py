@@ -102,7 +102,7 @@ def without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     real = importlib.import_module
 
     def refuse(name: str, *arguments: str) -> ModuleType:
-        if name in ("train", "evaluate", "predict"):
+        if name in ("train", "evaluate", "predict", "export"):
             pytest.fail(f"{name} is imported before the answer is given")
         return real(name, *arguments)
 
@@ -173,6 +173,9 @@ AS_TYPED = [  # what a new user types, what the answer has to hold
     ("evaluate conftest.py checkpoint=x.pt", "checkpoint is given twice"),
     ("predict nothing.png", "nothing.png: no such file"),
     ("predict topk=3", "did you mean top_k?"),
+    ("export", "output has to be given"),
+    ("export nothing.pt output=model.onnx", "nothing.pt: no such file"),
+    ("export output=model.onnx chekpoint=best.pt", "did you mean checkpoint?"),
     # Numbers that C has no room for, names that no file system has.
     ("train epochs=1000000000000000000000000000000", "of at most 9,223,372,036,854,775,807"),
     (f"train optimizer.lr=1{400 * '0'}", "expected a number > 0, of at most"),
@@ -225,6 +228,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         ("predict top_k=2 run", "images", "run"),
         ("predict 'run/*.png'", "images", "run/*.png"),
         ("predict photo.png best.pt", "checkpoint", "best.pt"),
+        ("predict photo.png run/w.safetensors", "checkpoint", "run/w.safetensors"),
+        ("export run output=model.onnx", "checkpoint", "run/best.pt"),
         ("predict images=a\\\\ best.pt", "images", "a\\"),
         ("train epochs=3 -m seed=1", "epochs", 3),
     ],
@@ -233,7 +238,7 @@ def test_what_is_meant_is_taken(
     call: Call, tmp_path: Path, asked: dict[str, Any], typed: str, setting: str, value: Any
 ) -> None:
     (tmp_path / "run").mkdir()
-    for name in ("best.pt", "photo.png", "it's (1),2.png", "run/best.pt"):
+    for name in ("best.pt", "photo.png", "it's (1),2.png", "run/best.pt", "run/w.safetensors"):
         (tmp_path / name).touch()
     entry, *arguments = shlex.split(typed)
     answer = call(entry, *arguments)

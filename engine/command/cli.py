@@ -94,7 +94,7 @@ def _as_hydra_wants_it(entry: str, arguments: list[str]) -> list[str]:
     known = functools.cache(lambda: known_names(entry, arguments, directories))  # reads files, so only where it matters
     overrides = typed.as_meant(entry, overrides, known, group_options(directories))
     overrides = [word for override in overrides for word in typed.removed(override, known)]
-    if entry in ("evaluate", "predict"):
+    if entry in typed.OF_CHECKPOINTS:
         overrides = _without_experiment(overrides)
     if entry == "evaluate" and not any(a.startswith("dataset=") for a in overrides):
         # Settings of the checkpoint's own dataset: let them through, main() holds them against the checkpoint.
@@ -157,7 +157,7 @@ class SweepStart(Callback):
 
 
 def _without_experiment(arguments: list[str]) -> list[str]:
-    """The command line of evaluate.py or predict.py without `experiment=NAME` and the words about its model and data.
+    """A command line about a checkpoint without `experiment=NAME` and the words about its model and data.
 
     An experiment sets what training has. It is composed with training's configuration, by _of_training().
     """
@@ -223,7 +223,7 @@ def _checked(config: DictConfig) -> dict[str, Any]:
         _without_hydra(config), dict(hydra_config.runtime.choices), directories, entry, typed.added(overrides)
     )
     trackers.check_installed(plain["choices"].get("logger") or [])
-    if entry in ("evaluate", "predict") and (words := json.loads(os.environ.get(OF_EXPERIMENT, "[]"))):
+    if entry in typed.OF_CHECKPOINTS and (words := json.loads(os.environ.get(OF_EXPERIMENT, "[]"))):
         plain = _of_training(plain, words, directories)
     return resume.adopt(plain, overrides, directories) if plain.get("resume") else plain
 

@@ -15,6 +15,9 @@ from engine.files import parse_yaml
 
 PATHS = ("checkpoint", "images", "output")  # settings whose values are often completed by the shell, not written
 
+OF_CHECKPOINTS = ("evaluate", "predict", "export")  # entry points that take a checkpoint
+OF_WEIGHTS = (".pt", ".pth", ".safetensors")  # endings of its file
+
 # What Hydra would take, and do something odd with or nothing: pattern of the argument, the answer.
 ANSWERS = (
     (r"hydra\.(run\.dir|output_subdir)=.*", "a run is named by name=NAME, and all it makes is in checkpoints/NAME/"),
@@ -130,8 +133,8 @@ def _quoted(text: str) -> str:
 
 
 def _is_file(entry: str, argument: str, known: Callable[[], Iterable[str]]) -> bool:
-    """Whether an argument is a path to evaluate or to predict, and no setting."""
-    if entry not in ("evaluate", "predict") or argument.startswith("~") or not argument:
+    """Whether an argument is a path to evaluate, predict or export, and no setting."""
+    if entry not in OF_CHECKPOINTS or argument.startswith("~") or not argument:
         return False
     if os.path.exists(argument):
         return argument.partition("=")[0] not in known()
@@ -146,7 +149,7 @@ def _is_file(entry: str, argument: str, known: Callable[[], Iterable[str]]) -> b
 
 def _named(entry: str, files: Sequence[str]) -> list[str]:
     """The settings that paths stand for: a checkpoint, and of predict.py images."""
-    weights = [file for file in files if entry == "evaluate" or Path(file).suffix in (".pt", ".pth")]
+    weights = [file for file in files if entry != "predict" or Path(file).suffix in OF_WEIGHTS]
     images = [file for file in files if file not in weights]
     most = 2 if entry == "evaluate" else 1  # two are compared
     if len(weights) > most:

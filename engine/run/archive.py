@@ -55,11 +55,11 @@ def load(path: Path) -> Any:
             raise ValueError(f"it is no archive of torch.save, or damaged: {error}") from None
         except RuntimeError as error:  # an encrypted record
             raise ValueError(str(error)) from None
-    _check_data(found, size)
+    check_data(found, size)
     return found
 
 
-def _check_data(value: Any, size: int) -> None:
+def check_data(value: Any, size: int) -> None:
     """Refuse what no training run writes: it could be crafted to break, or to keep busy, what uses it.
 
     What is referred to from many places counts as often as a walk through the whole would meet it. The file has `size`

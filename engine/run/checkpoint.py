@@ -7,6 +7,7 @@ A checkpoint is a dictionary: `model` is the plain state_dict; `config` the conf
 from __future__ import annotations
 
 import io
+import json
 import math
 import re
 import signal
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from engine import files
 from engine.build import build
 from engine.errors import RequestError, one_line, printable
-from engine.run import archive, trust
+from engine.run import archive, tensors, trust
 
 FORMAT = 1
 MOST_PIXELS = 1 << 24  # numbers of an image as the model gets it; 2300x2300 in colour
@@ -51,8 +52,9 @@ def write(path: Path, checkpoint: dict[str, Any], keep: Path | None = None) -> N
 def read(path: Path) -> dict[str, Any]:
     """Read a checkpoint, or a bare state_dict, as data: nothing in the file is executed.
 
-    A bare state_dict comes back as `{"model": state_dict}`. The prefixes `module.` and `_orig_mod.`, which
-    DistributedDataParallel and torch.compile put before names, are taken off.
+    A bare state_dict comes back as `{"model": state_dict}`, and so does a `.safetensors` file without the metadata that
+    `as_metadata` makes. The prefixes `module.` and `_orig_mod.`, which DistributedDataParallel and torch.compile put
+    before names, are taken off.
 
     Raises:
         RequestError: the file is missing, damaged, or no checkpoint.
@@ -62,7 +64,7 @@ def read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise RequestError(f"{path}: no such checkpoint")
     try:
-        found = archive.load(path)
+        found = _of_tensors(path) if path.suffix == ".safetensors" else archive.load(path)
         if not isinstance(found, dict):
             raise ValueError(f"it holds {type(found).__name__}; expected a checkpoint or a state_dict")
         if "format" not in found:
@@ -74,6 +76,29 @@ def read(path: Path) -> dict[str, Any]:
             f"{path}: not a checkpoint, or a damaged one ({one_line(error, 160)}); use another"
         ) from None
     found["model"] = {strip_prefixes(name): tensor for name, tensor in found["model"].items()}
+    return found
+
+
+# What a checkpoint holds besides its weights, under its name in the metadata of a `.safetensors` file, where others
+# have a "format" of their own.
+ABOUT = {name: name for name in ("classes", "input_shape", "config", "signature")} | {"checkpoint_format": "format"}
+
+
+def as_metadata(checkpoint: dict[str, Any]) -> dict[str, str]:
+    """What a checkpoint holds besides its weights, in JSON: metadata are texts."""
+    return {name: json.dumps(checkpoint.get(key), ensure_ascii=False) for name, key in ABOUT.items()}
+
+
+def _of_tensors(path: Path) -> dict[str, Any]:
+    """What a `.safetensors` file holds, as the dictionary that is in other checkpoints."""
+    state, metadata = tensors.load(path)
+    found: dict[str, Any] = {"model": state}
+    if "checkpoint_format" in metadata:
+        try:
+            found |= {key: json.loads(metadata.get(name, "null")) for name, key in ABOUT.items()}
+        except RecursionError:
+            raise ValueError("its metadata is nested too deeply") from None
+        archive.check_data(found, path.stat().st_size)
     return found
 
 
