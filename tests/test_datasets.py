@@ -20,7 +20,7 @@ import datasets
 from datasets import csv_images, image_folder
 from engine.data.audit import in_two_splits, look_at
 from engine.data.formats import read_idx, read_pickle
-from engine.data.images import read_image
+from engine.data.images import Paths, read_image
 from engine.data.splits import Split, fingerprint, load_splits
 from engine.errors import RequestError
 from engine.pictures.samples import uneven
@@ -701,6 +701,18 @@ def test_names_that_are_no_text_are_written_as_escapes(tmp_path, call):
         pass
     answer = call("datasets", "dataset=image_folder", "dataset.root=top", "num_workers=0")
     assert answer.code == 0 and r"d\udcffg\x1b" in answer.out and "\x1b" not in answer.out
+
+
+def test_paths_in_one_block_are_those_of_a_list():
+    names = ["a.png", "ä/ö.png", "\udcff.jpg", "", "x" * 300]
+    paths = Paths.of(names)
+    assert paths.tolist() == list(paths) == names and len(paths) == 5 and "ä/ö.png" in paths
+    assert [paths[place] for place in (0, np.int64(2), -1, -5)] == [names[place] for place in (0, 2, -1, -5)]
+    assert paths[np.array([3, 1, 1])].tolist() == ["", "ä/ö.png", "ä/ö.png"] and paths[1:3].tolist() == names[1:3]
+    assert Paths.of([]).tolist() == []
+    for place in (5, -6):
+        with pytest.raises(IndexError):
+            paths[place]
 
 
 def test_what_is_no_file_is_told_with_the_number_of_all(tmp_path):
