@@ -15,7 +15,6 @@ if __name__ == "__main__":
     launch("datasets")  # answers help, completion and typos, and only then imports torch and calls main() below
 
 import os
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -178,11 +177,13 @@ def csv_images(
     val_annotations_file: str | None = None,
 ) -> ImageData:
     """Your own images, listed in CSV files: file name and label in the first two columns, with or without a header."""
-    lists = {"": annotations_file, "val_": val_annotations_file, "test_": test_annotations_file}
-    given = [(f"dataset.{part}annotations_file", file) for part, file in lists.items() if file is not None]
-    for (one, first), (other, second) in combinations(given, 2):
-        if os.path.realpath(first) == os.path.realpath(second):
-            raise RequestError(f"{other}={shown(second)}: the same file as {one}; each part needs images of its own")
+    if val_annotations_file is not None:
+        for part, file in (("", annotations_file), ("test_", test_annotations_file)):
+            if file is not None and os.path.realpath(file) == os.path.realpath(val_annotations_file):
+                raise RequestError(
+                    f"dataset.val_annotations_file={shown(val_annotations_file)}: the same file as "
+                    f"dataset.{part}annotations_file; validation needs images of its own"
+                )
     rows = read_annotations(annotations_file, img_dir)
     names, numbers = class_names(rows, classes, annotations_file)
 

@@ -20,7 +20,7 @@ import datasets
 from datasets import csv_images, image_folder
 from engine.data.audit import in_two_splits, look_at
 from engine.data.formats import read_idx, read_pickle
-from engine.data.images import read_image
+from engine.data.images import Paths, read_image
 from engine.data.splits import Split, fingerprint, load_splits
 from engine.errors import RequestError
 from engine.pictures.samples import uneven
@@ -313,9 +313,9 @@ def test_a_validation_list_of_its_own(photos, capsys):
     said = capsys.readouterr().out.removeprefix(told)
     assert said.startswith("no dataset.test_annotations_file: dataset.test_fraction=0.25 of") and said.count("\n") == 1
     assert "labels.csv is the test (1 image, not trained on)" in said and "val.csv stays the validation part" in said
-    for name, other in (("val_", "test_"), ("val_", ""), ("test_", "")):
-        files = {**settings, f"{other}annotations_file": val, f"{name}annotations_file": f"{photos}/img/../val.csv"}
-        with pytest.raises(RequestError, match=r"val\.csv: the same file as dataset\.\w+; each part needs images"):
+    for other in ("test_", ""):
+        files = {**settings, f"{other}annotations_file": val, "val_annotations_file": f"{photos}/img/../val.csv"}
+        with pytest.raises(RequestError, match=rf"val\.csv: the same file as dataset\.{other}annotations_file; valid"):
             csv_images(**files)
     (photos / "val.csv").write_text("6.png,1\n7.png,2\n")
     with pytest.raises(RequestError, match=r"val\.csv, row 2: label '2'; expected 0 to 1, as there are 2 classes"):
@@ -701,6 +701,18 @@ def test_names_that_are_no_text_are_written_as_escapes(tmp_path, call):
         pass
     answer = call("datasets", "dataset=image_folder", "dataset.root=top", "num_workers=0")
     assert answer.code == 0 and r"d\udcffg\x1b" in answer.out and "\x1b" not in answer.out
+
+
+def test_paths_in_one_block_are_those_of_a_list():
+    names = ["a.png", "ä/ö.png", "\udcff.jpg", "", "x" * 300]
+    paths = Paths.of(names)
+    assert paths.tolist() == list(paths) == names and len(paths) == 5 and "ä/ö.png" in paths
+    assert [paths[place] for place in (0, np.int64(2), -1, -5)] == [names[place] for place in (0, 2, -1, -5)]
+    assert paths[np.array([3, 1, 1])].tolist() == ["", "ä/ö.png", "ä/ö.png"] and paths[1:3].tolist() == names[1:3]
+    assert Paths.of([]).tolist() == []
+    for place in (5, -6):
+        with pytest.raises(IndexError):
+            paths[place]
 
 
 def test_what_is_no_file_is_told_with_the_number_of_all(tmp_path):

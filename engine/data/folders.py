@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import os
 import re
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from itertools import combinations
+from operator import itemgetter
 from pathlib import Path
 
-from engine.data.images import EXTENSIONS, shown
+import torch
+from torch import Tensor
+
+from engine.data.images import EXTENSIONS, Paths, shown
 from engine.errors import RequestError, printable
 from engine.terminal import watched
 
@@ -18,7 +23,7 @@ PARTS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("t
 LEFTOVERS = ("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__macosx", "@eadir", "$recycle.bin", "lost+found")
 
 
-Listed = tuple[list[str], list[int]]  # paths and labels, sorted by name
+Listed = tuple[Paths, Tensor]  # paths and labels, int64 `[n]`, sorted by name
 
 
 def list_images(top: Path) -> tuple[list[str], dict[str, Listed], set[str]]:
@@ -32,7 +37,7 @@ def list_images(top: Path) -> tuple[list[str], dict[str, Listed], set[str]]:
         RequestError: the folders are not as they should be, with a guess at what was meant; a class without an image.
     """
     parts = _part_folders(top)
-    walk, classes, listed = _Walk(parts), list[str](), {}
+    walk, classes, known, listed = _Walk(parts), list[str](), set[str](), {}
     for part, folder in parts.items():
         own = _folders(folder)
         if not own:
@@ -41,9 +46,11 @@ def list_images(top: Path) -> tuple[list[str], dict[str, Listed], set[str]]:
             classes = own
             if len(classes) < 2:
                 raise _one_class(folder, classes[0], is_top=folder == top)
-        if unknown := [name for name in own if name not in classes]:
+            known = set(classes)
+        if unknown := [name for name in own if name not in known]:
             raise RequestError(f"{shown(folder / unknown[0])}: a class without a folder in {shown(parts['train'])}")
-        if missing := [printable(name) for name in classes if name not in own]:
+        there = set(own)
+        if missing := [printable(name) for name in classes if name not in there]:
             print(f"no {part} images of {some(missing)}: {shown(folder)} has no such folder", flush=True)
         listed[part] = walk.images(folder, classes)
     _tell(
@@ -129,11 +136,35 @@ def _folders(folder: Path) -> list[str]:
 
 def _entries(folder: str | Path) -> list[os.DirEntry[str]]:
     """What is in a folder, sorted by name, without what file managers leave."""
+    return sorted((e for e in _listed(folder) if not is_leftover(e.name)), key=lambda entry: entry.name)
+
+
+def _listed(folder: str | Path) -> list[os.DirEntry[str]]:
+    """All that is in a folder, in no order."""
     try:
         with os.scandir(folder) as entries:
-            return sorted((e for e in entries if not is_leftover(e.name)), key=lambda entry: entry.name)
+            return list(entries)
     except OSError as error:
         raise RequestError(f"{shown(folder)}: cannot be listed ({error.strerror})") from None
+
+
+def _files_and_others(folder: str) -> tuple[list[str], list[os.DirEntry[str]]]:
+    """The names of the files in a folder, and what is there besides, in no order."""
+    others: list[os.DirEntry[str]] = []
+    try:
+        with os.scandir(folder) as entries:  # a list of all entries would take half as long again
+            return [entry.name for entry in entries if entry.is_file() or others.append(entry)], others  # type: ignore
+    except OSError:  # a link leads round in circles, or the folder cannot be listed
+        found = _listed(folder)
+        return [e.name for e in found if _is(e.is_file)], [e for e in found if not _is(e.is_file)]
+
+
+def _are_images(names: list[str]) -> bool:
+    """Whether all names, in their order, are those of images, as is usual; by their endings, of which there are few."""
+    dot = bisect_left(names, ".")  # where hidden ones would be
+    if dot < len(names) and names[dot].startswith("."):
+        return False
+    return all(ending.lower().endswith(EXTENSIONS) for ending in set(map(itemgetter(slice(-5, None)), names)))
 
 
 def _is(question: Callable[[], bool]) -> bool:
@@ -164,22 +195,24 @@ class _Walk:
 
     def images(self, top: Path, classes: list[str]) -> Listed:
         """Those below the class folders in `top`; a RequestError where there is none, or a folder cannot be listed."""
-        paths: list[str] = []
-        labels: list[int] = []
-        for path, label in watched(self._found(top, classes), f"listing {shown(top)}", None):
-            paths.append(path)
+        blocks, labels, counts = list[str](), list[int](), list[int]()
+        for label, folder, names in watched(self._found(top, classes), f"listing {shown(top)}", None):
+            start = "\0" + os.path.join(folder, "")
+            blocks.append(start + start.join(names))
             labels.append(label)
-        return paths, labels
+            counts.append(len(names))
+        return Paths("".join(blocks)), torch.tensor(labels).repeat_interleave(torch.tensor(counts))
 
-    def _found(self, top: Path, classes: list[str]) -> Iterator[tuple[str, int]]:
+    def _found(self, top: Path, classes: list[str]) -> Iterator[tuple[int, str, list[str]]]:
+        """(label, folder, names of images in it) of every folder that has some."""
         for label, name in enumerate(classes):
             folder = os.path.join(top, name)
             if not os.path.isdir(folder):
                 continue
-            path = None
-            for path in self._below(folder):
-                yield path, label
-            if path is None:
+            names = None
+            for directory, names in self._below(folder):
+                yield label, directory, names
+            if names is None:
                 why = f"looked for {', '.join(EXTENSIONS)}"
                 if links := [link for link in self.not_followed if link == folder or link.startswith(folder + os.sep)]:
                     why = f"the folder that {shown(links[0])} leads to is a part of this data set already"
@@ -188,24 +221,36 @@ class _Walk:
                     "add some, or remove the folder and with it the class"
                 )
 
-    def _below(self, folder: str) -> Iterator[str]:
+    def _below(self, folder: str) -> Iterator[tuple[str, list[str]]]:
+        """Each folder at and below one with the names of the images in it, where there are some."""
         waiting = [folder]  # no recursion: folders may be nested deeper than Python allows that
         while waiting:
             directory = waiting.pop()
             if not self._is_new(directory):
                 self.not_followed.append(directory)
                 continue
-            inner = []
-            for entry in _entries(directory):
+            files, besides = _files_and_others(directory)
+            files.sort()
+            if not besides and files and _are_images(files):  # one by one, a million would take seconds
+                yield directory, files
+                continue
+            names = [name for name in files if not is_leftover(name) and name.lower().endswith(EXTENSIONS)]
+            known, inner = set(names), []
+            others = [os.path.join(directory, n) for n in files if n not in known and not is_leftover(n)]
+            for entry in besides:
+                if is_leftover(entry.name):
+                    continue
                 if _is(entry.is_dir):
                     inner.append(entry.path)
                 elif entry.name.lower().endswith(EXTENSIONS):
-                    if not _is(entry.is_file):
-                        self.no_files.add(entry.path)
-                    yield entry.path
+                    self.no_files.add(entry.path)
+                    names.append(entry.name)
                 else:
-                    self.others.append(entry.path)
-            waiting += reversed(inner)
+                    others.append(entry.path)
+            if names:
+                yield directory, sorted(names)
+            self.others += sorted(others)
+            waiting += sorted(inner, reverse=True)
 
     def _is_new(self, directory: str) -> bool:
         if os.path.islink(directory):

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -240,6 +240,39 @@ class ImageData:
     val: Samples | None = None
 
 
+class Paths(Sequence[str]):
+    """Names of files in one block of memory, of which worker processes, touching no Python object, copy nothing.
+
+    Args:
+        text: all of them, each behind a zero character, which no name has.
+    """
+
+    def __init__(self, text: str) -> None:
+        self.text = np.frombuffer(text.encode("utf-8", "surrogatepass") + b"\0", dtype=np.uint8)
+        self.zeros = np.flatnonzero(self.text == 0)
+
+    def __len__(self) -> int:
+        return len(self.zeros) - 1
+
+    def __getitem__(self, index: Any) -> Any:
+        """One path, or the `Paths` of a slice or of an array of indices."""
+        if isinstance(index, (int, np.integer)):
+            if not -len(self) <= index < len(self):
+                raise IndexError(index)
+            place = int(index) % len(self)
+            start, end = self.zeros[place : place + 2].tolist()
+            return self.text[start + 1 : end].tobytes().decode("utf-8", "surrogatepass")
+        return Paths.of(map(self.__getitem__, np.arange(len(self))[index].tolist()))
+
+    @classmethod
+    def of(cls, paths: Iterable[str]) -> Paths:
+        """Those of a list."""
+        return cls("".join(f"\0{path}" for path in paths))
+
+    def tolist(self) -> list[str]:
+        return list(self)
+
+
 class ImageFiles(Dataset):
     """Image files and their labels, in `targets`, int64 `[n]`.
 
@@ -253,14 +286,14 @@ class ImageFiles(Dataset):
     def __init__(
         self,
         paths: Sequence[str],
-        labels: Sequence[int],
+        labels: Sequence[int] | Tensor,
         channels: int = 3,
         max_pixels: int = MAX_PIXELS,
         name: str = "",
         no_files: Collection[str] = (),
     ) -> None:
-        self.paths = np.array(paths, dtype=np.str_)  # one block: workers that touch no Python object copy no memory
-        self.targets = torch.tensor(labels, dtype=torch.int64)
+        self.paths = paths if isinstance(paths, Paths) else Paths.of(paths)
+        self.targets = torch.as_tensor(labels, dtype=torch.int64)
         self.channels, self.max_pixels, self.name, self.no_files = channels, max_pixels, name, no_files
 
     def __len__(self) -> int:
@@ -276,12 +309,12 @@ class ImageFiles(Dataset):
     def subset(self, chosen: Tensor, name: str) -> ImageFiles:
         """The samples of a mask, in their order."""
         rows = chosen.nonzero().flatten()
-        paths, labels = self.paths[rows.numpy()].tolist(), self.targets[rows].tolist()
-        return ImageFiles(paths, labels, self.channels, self.max_pixels, name, self.no_files)
+        return ImageFiles(
+            self.paths[rows.numpy()], self.targets[rows], self.channels, self.max_pixels, name, self.no_files
+        )
 
     def joined(self, others: ImageFiles, name: str) -> ImageFiles:
         """These samples, and the others behind them, which are read in the same way."""
-        paths = [*self.paths.tolist(), *others.paths.tolist()]
-        labels = [*self.targets.tolist(), *others.targets.tolist()]
+        paths, labels = [*self.paths, *others.paths], torch.cat([self.targets, others.targets])
         no_files = {*self.no_files, *others.no_files}
         return ImageFiles(paths, labels, self.channels, self.max_pixels, name, no_files)
