@@ -188,5 +188,5 @@ def _last_layer(model: nn.Module) -> str:
 
 def _is_within(module: nn.Module, chosen: set[Tensor]) -> bool:
     """Whether all parameters of a module are among those chosen; of one without, all buffers."""
-    tensors = list(module.parameters()) or list(module.buffers())
+    tensors: list[Tensor] = [*module.parameters()] or [*module.buffers()]
     return bool(tensors) and all(tensor in chosen for tensor in tensors)
