@@ -459,6 +459,8 @@ def test_what_is_frozen_can_be_let_go_when_a_run_goes_on(call: Call, tmp_path: P
     assert "parameters; they stay as the model makes them, without init_from=\n" in told.out
     said = call("train", "resume=latest", "epochs=2", "freeze=null").error
     assert "freeze backbone -> null" in said
+    said = call("train", "resume=latest", "init_from=a.pt", "resume_changed=true").error
+    assert said.startswith("init_from=a.pt: checkpoints/run goes on with the weights that it has; leave init_from out")
     words = ["freeze=null", "lr_scale={features: 0.1}", "resume_changed=true", "epochs=2"]
     again = call("train", "resume=latest", *words)
     assert again.code == 0, again.err
