@@ -104,7 +104,7 @@ def main() -> None:
         few += ["batch_size=20", f"epochs={asked.epochs}"]
         found = {}
         for way, words in WAYS.items():
-            later = [f"unfreeze_epoch={asked.epochs // 4 + 1}"] if "experiment=finetune" in words else []
+            later = [f"unfreeze_epoch={max(2, asked.epochs // 4 + 1)}"] if "experiment=finetune" in words else []
             name = way.replace(" ", "_")
             found[way] = run(folder, name, "-m", f"seed={seeds}", *few, *words, *later)
     print(f"\n{asked.test} images of each class in the test")
