@@ -37,6 +37,7 @@ from engine.training.metrics import Tally, accuracy, evaluate, loss_name
 from engine.training.optimizers import build_optimizer, shares
 from engine.training.schedules import build_schedule
 from engine.training.step import Step, choose_precision
+from engine.training.transfer import Frozen, scale_rates, take_weights
 from engine.training.trial import to_device, try_step
 
 
@@ -63,7 +64,12 @@ def main(config: dict[str, Any]) -> float:
     criterion = to_device(build(config["criterion"], "criterion", class_counts=counts), device)
     trained_with = loss_name(criterion, config["dataset"]["target_transform"], batches["train"].mixing is not None)
     try_step(model, criterion, config["optimizer"], batches["train"], input_shape, len(classes), precision)
+    taken = ""
+    if config["init_from"] and not runs.is_saved(config["resume"]):  # else the weights are those that were saved
+        taken = take_weights(model, Path(config["init_from"]), classes)
     optimizer = build_optimizer(config["optimizer"], model, config["decay_norms"])
+    scale_rates(optimizer, model, config["lr_scale"])
+    frozen = Frozen(model, config["freeze"], config["unfreeze_epoch"])
     schedule = build_schedule(config["scheduler"], optimizer, config["epochs"], steps)
     step = Step(
         model,
@@ -74,6 +80,7 @@ def main(config: dict[str, Any]) -> float:
         precision=precision,
         clip_grad_norm=config["clip_grad_norm"],
         ema_decay=config["ema"]["decay"],
+        frozen=frozen,
     )
     if config["compile"]:
         step.compile()
@@ -96,6 +103,7 @@ def main(config: dict[str, Any]) -> float:
     parts |= {"tally": tally, "progress": progress, "random": RandomStates()}
     saver = Saver(directory, about, parts, **config["checkpoint"])
     describe(config, model, optimizer, splits, input_shape, device, precision, directory, trained_with)
+    log_transfer(taken, frozen.said(model, config["epochs"]), config["init_from"])
     if config["resume"]:
         saver.restore(config["changed"], steps)
         runs.save_config(directory, config)
@@ -145,7 +153,7 @@ def train_epoch(batches: Batches, criterion: nn.Module, step: Step, saver: Saver
     """Train on the batches of an epoch that are still to come; loss and counts are in the saver's tally afterwards."""
     tally: Tally = saver.tally
     progress = saver.progress
-    step.model.train()
+    step.train(progress.epoch)  # but for what is frozen
     progress.begin_epoch(lr=step.optimizer.param_groups[0]["lr"])
     bar = Bar(f"epoch {progress.epoch}/{epochs}", len(batches), progress.batch, tally, step.optimizer)
     for batch in batches.epoch(progress.epoch, start=progress.batch):
@@ -297,3 +305,11 @@ def describe(
         log.info(f"loss     {trained_with} in training, plain cross-entropy in validation and test")
     if config["mixup"] or config["cutmix"]:
         log.info("mixed    a training image is right with the class of its larger share")
+
+
+def log_transfer(taken: str, frozen: str, init_from: str | None) -> None:
+    """Log which weights another run has given and which parameters do not learn."""
+    if taken:
+        log.info(f"weights  {taken}")
+    if frozen:
+        log.info(f"frozen   {frozen}" + "; they stay as the model makes them, without init_from=" * (not init_from))

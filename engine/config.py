@@ -72,6 +72,7 @@ _KINDS: dict[str, tuple[str, Any]] = {  # of a value that is no list, or of any 
     "str or list of str": ("text or a list of texts", (str, int, float, list)),
     "str or list of 2 str": ("text or a list of 2 texts", (str, int, float, list)),
     "str or list of float": ("text or a list of numbers", (str, list)),
+    "dict of float": ("a dictionary of numbers", dict),
     "any": ("a value", object),
 }
 
@@ -125,6 +126,9 @@ class Setting:
         _, types = _KINDS[self.kind]
         if not isinstance(value, types):
             return False
+        if self.kind == "dict of float":
+            one = replace(self, kind="float", nullable=False)
+            return all(map(one.accepts, value.values())) and all(isinstance(name, (str, int)) for name in value)
         if isinstance(value, bool):
             return self.kind in ("bool", "any")
         if isinstance(value, float) and not math.isfinite(value):
@@ -135,7 +139,8 @@ class Setting:
 
 
 _COMMENT = re.compile(
-    r"(?P<kind>int|float|bool|str or list of (?:(?:2 )?str|float)|str|list(?: of (?:\d+ )?(?:int|float|str))?)"
+    r"(?P<kind>int|float|bool|dict of float|str or list of (?:(?:2 )?str|float)|str"
+    r"|list(?: of (?:\d+ )?(?:int|float|str))?)"
     r"(?P<rule> (?:>=|>|in|one of) ?[^:]*?)?(?P<null> or null)?: (?P<meaning>.+)"
 )
 
@@ -308,6 +313,14 @@ def check(
         if name not in values and name.partition(".")[0] not in moved:
             raise RequestError(f"the setting {name!r} was taken out (~{name}); it is needed, set it to a value instead")
     return {**plain, "choices": choices}
+
+
+def check_frozen(config: dict[str, Any]) -> None:
+    """Refuse (RequestError) a configuration of training that lets go of what it does not hold."""
+    if config["unfreeze_epoch"] is not None and not config["freeze"]:
+        raise RequestError(
+            f"unfreeze_epoch={config['unfreeze_epoch']}: nothing is frozen; say freeze= too, or unfreeze_epoch=null"
+        )
 
 
 def check_value(name: str, value: Any, known: dict[str, Setting]) -> None:

@@ -123,7 +123,10 @@ def test_every_recipe_trains(call: Call, tmp_path: Path, recipe: str) -> None:
     write_fashion_mnist(tmp_path / "FashionMNIST/raw")
     cifar_folder(tmp_path)
     words = ["epochs=2", "batch_size=8", "limit_batches=2", "compile=false", "num_threads=1", "name=run"]
-    root = [] if recipe == "digits_best" else ["dataset.root=."]
+    root = [] if recipe in ("digits_best", "finetune") else ["dataset.root=."]
+    if recipe == "finetune":
+        assert call("train", "debug=fast", "name=first").code == 0
+        words.append("init_from=checkpoints/first/best.pt")
     trained = call("train", f"experiment={recipe}", *words, *root)
     assert trained.code == 0 and trained.err == "", trained.err
     assert call("evaluate", "tta=flip", "num_threads=1").code == 0

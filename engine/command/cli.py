@@ -26,7 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 from engine import build, process, terminal
 from engine.command import resume, sweep, typed
 from engine.command.help import directories_of, explained, help_text, known_names
-from engine.config import CONFIGS, RUNS, check, group_options
+from engine.config import CONFIGS, RUNS, check, check_frozen, group_options
 from engine.errors import Interrupted, RequestError, RunError, interrupt_behind, one_line, printable, shortened
 from engine.run import compare, runs, trackers
 
@@ -225,7 +225,10 @@ def _checked(config: DictConfig) -> dict[str, Any]:
     trackers.check_installed(plain["choices"].get("logger") or [])
     if entry in typed.OF_CHECKPOINTS and (words := json.loads(os.environ.get(OF_EXPERIMENT, "[]"))):
         plain = _of_training(plain, words, directories)
-    return resume.adopt(plain, overrides, directories) if plain.get("resume") else plain
+    plain = resume.adopt(plain, overrides, directories) if plain.get("resume") else plain
+    if entry == "train":
+        check_frozen(plain)
+    return plain
 
 
 def _main(config: dict[str, Any]) -> Any:

@@ -99,6 +99,11 @@ def adopt(config: dict[str, Any], overrides: Iterable[str], directories: Sequenc
     differing = [name for name in names if value_of(before, name) != value_of(after, name)]
     not_free = [name for name in differing if name.split(".")[0] not in (*FREE, *groups)]
     changed += [f"{name} {_brief(before, name)} -> {_brief(after, name)}" for name in not_free]
+    if result["init_from"] and "init_from" in not_free and runs.is_saved(str(directory)):
+        raise RequestError(
+            f"init_from={_brief(result, 'init_from')}: {directory} goes on with the weights that it has; "
+            "leave init_from out, or begin another run with it"
+        )
     from_file = [text for text in left if text.partition("=")[0].lstrip("+~") in not_free]
     if changed and not config["resume_changed"]:
         why = "what builds a group is not taken from a file" if ours else ELSEWHERE

@@ -99,6 +99,11 @@ def reopen(config: dict[str, Any]) -> Path:
     return directory
 
 
+def is_saved(directory: str | None) -> bool:
+    """Whether a run that is resumed, None for a new one, has anything to go on from but its configuration."""
+    return directory is not None and any((Path(directory) / name).exists() for name in ("last.pt", "previous.pt"))
+
+
 def finished_before(config: dict[str, Any]) -> str:
     """What a resumed run came to, where it has finished, is whole, and no more is asked of it; else an empty text."""
     directory = Path(config["resume"])

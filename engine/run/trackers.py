@@ -95,7 +95,7 @@ class Trackers:
 def hyperparameters(config: dict[str, Any]) -> dict[str, Any]:
     """The configuration as one level of names and values, with the option chosen of each group."""
     left_out = ("choices", "logger", "name")
-    flat = dict(leaves({key: value for key, value in config.items() if key not in left_out}))
+    flat = dict(leaves({key: value for key, value in config.items() if key not in left_out}, ("lr_scale",)))
     choices = {group: name for group, name in config["choices"].items() if isinstance(name, str)}
     return choices | {name: value for name, value in flat.items() if not name.endswith("_target_")}
 

@@ -8,6 +8,7 @@ A file is data. What it names is looked up in what is here, and nowhere else:
     a value                held against the YAML here as if it were typed, and taken if it is a number, true, false,
                            null, one of the texts that the YAML lists, or (but for a data set) a plain word
     transforms             lists of names and plain arguments; `engine.data.transforms.parse_transforms` knows the names
+    patterns               any text in `freeze` and `lr_scale`: they are compared with the names of parameters, no more
 
 Everything else -- paths, addresses, names to import, where a tracker sends to -- comes from the command line or from
 here. Only a configuration that was typed here counts as typed: it is signed with a key that this program keeps for its
@@ -53,8 +54,8 @@ from engine.config import (
 from engine.errors import RequestError, one_line, printable, shortened
 
 # Never from a file, whatever their kind: they decide where something is sent, read or written, or how much is read.
-NEVER = ("logger", "device", "num_workers", "num_threads", "dataset.cache")
-LISTS_OF_TEXT = ("dataset.train_transforms", "dataset.eval_transforms", "dataset.classes")
+NEVER = ("logger", "device", "num_workers", "num_threads", "dataset.cache", "init_from")
+LISTS_OF_TEXT = ("dataset.train_transforms", "dataset.eval_transforms", "dataset.classes", "freeze", "lr_scale")
 WORD = re.compile(r"[\w+ -]{1,64}(\.\d[\w+-]{0,16})*")  # no path, no address and no name that could be imported
 MOST_ITEMS = 1000  # of a list, and of all lists within it
 MOST = 1_000_000  # a number of layers, neurons or pixels

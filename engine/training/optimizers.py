@@ -92,6 +92,10 @@ def shares(optimizer: Optimizer) -> str:
     if len({bool(group.get("weight_decay")) for group, _ in groups}) > 1:
         share = sum(count for group, count in groups if group["weight_decay"]) / sum(counts)
         said.append(f"weight decay on {_percent(share)}{'' if said else ' of the parameters'}")
+    for factor in dict.fromkeys(group.get("lr_scale", 1) for group, _ in groups):
+        if factor != 1:
+            share = sum(count for group, count in groups if group["lr_scale"] == factor) / sum(counts)
+            said.append(f"learning rate x {factor:g} on {_percent(share)}{'' if said else ' of the parameters'}")
     return "; ".join(said)
 
 

@@ -175,7 +175,7 @@ def build_schedule(settings: dict[str, Any], optimizer: Optimizer, epochs: int, 
     """The schedule a configuration names; one that takes `total_steps` is stepped every step, others every epoch.
 
     Raises:
-        RequestError: it does not fit its settings, or follows a metric.
+        RequestError: it does not fit its settings, follows a metric, or sets rates without regard to lr_scale.
     """
     target = locate(settings["_target_"], "scheduler._target_")
     if target is ReduceLROnPlateau:
@@ -183,9 +183,17 @@ def build_schedule(settings: dict[str, Any], optimizer: Optimizer, epochs: int, 
             "scheduler: ReduceLROnPlateau follows a metric; choose one that follows the epoch or the step"
         )
     total = epochs * steps_per_epoch
+    rates = [group["lr"] for group in optimizer.param_groups]
     schedule = build(
         settings, "scheduler", optimizer, target=target, total_steps=total, steps_per_epoch=steps_per_epoch
     )
+    if any("lr_scale" in group for group in optimizer.param_groups):
+        factors = [group["lr"] / rate for group, rate in zip(optimizer.param_groups, rates, strict=True)]
+        if max(factors) - min(factors) > 1e-6 * max(factors):
+            raise RequestError(
+                f"lr_scale: {settings['_target_']} sets every learning rate to values of its own; choose a scheduler "
+                "that multiplies them, such as one_cycle, or leave lr_scale out"
+            )
     if isinstance(schedule, Schedule):
         return schedule
     return EveryEpoch(schedule, 1 if "total_steps" in inspect.signature(target).parameters else steps_per_epoch)

@@ -15,6 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from engine.errors import RequestError, counted
 from engine.terminal import log
 from engine.training.losses import WeightedCrossEntropy
+from engine.training.transfer import Frozen
 
 
 class Step:
@@ -29,6 +30,7 @@ class Step:
         precision: "fp32", "bf16" or "fp16", as `choose_precision` gives it.
         clip_grad_norm: the gradient is scaled down to this norm where it is larger; None leaves it.
         ema_decay: share of the averaged weights that a step keeps; None averages nothing.
+        frozen: what of the model does not learn; None is nothing.
     """
 
     def __init__(
@@ -42,9 +44,11 @@ class Step:
         precision: str = "fp32",
         clip_grad_norm: float | None = None,
         ema_decay: float | None = None,
+        frozen: Frozen | None = None,
     ) -> None:
         self.model, self.optimizer, self.schedule, self.device = model, optimizer, schedule, device
         self.batch_size, self.precision, self.clip = batch_size, precision, clip_grad_norm
+        self.frozen = frozen or Frozen(model, None)
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self.skipped = 0  # steps of the epoch whose gradients were no finite numbers, which only fp16 passes over
         # Averages of the weights (Polyak and Juditsky, 1992), batch norm's statistics as they are.
@@ -63,6 +67,11 @@ class Step:
             plain = module.forward
             fast = torch.compile(plain, dynamic=False)
             module.forward = partial(_by_size, fast, plain, self.batch_size)
+
+    def train(self, epoch: int) -> None:
+        """Put the model into training mode for an epoch, from 1, but for what is frozen in it."""
+        self.model.train()
+        self.frozen.hold(epoch)
 
     def micro_batches(
         self, images: Tensor, labels: Tensor, criterion: nn.Module

@@ -1,0 +1,121 @@
+"""What trained weights are worth where images are few: `python benchmarks/transfer.py` prints a table, a row a way.
+
+A ResNet-18 (with the stem for large images, a sixteenth of the work of the other, so that two cores take minutes) is
+trained on images of Fashion-MNIST's first five classes. Its best.pt is what two of the three ways begin
+with that learn the other five classes from 20 images each: the last layer alone (`freeze=backbone`), and the last layer
+first, then everything (`experiment=finetune`); the third begins at random and trains everything. All three see the same
+images, as often, with the same optimizer and shifts and flips. Every seed draws other images and other weights; the
+test is the same for all. Every way is a `python train.py -m seed=0,1,2,3,4 ...` that a user could type.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from datasets import ImageData, fashion_mnist  # noqa: E402
+
+FEW = 20  # images of each class to learn from
+COMMON = [
+    *(
+        "model=resnet18",
+        "model.small_images=false",
+        "dataset=fashion_mnist",
+        "precision=fp32",
+        "optimizer=adamw",
+        "optimizer.lr=1e-3",
+    ),
+    *("optimizer.weight_decay=0.01", "dataset.val_fraction=0.0"),
+    "dataset.train_transforms=[RandomCrop: {size: 28, padding: 2}, RandomHorizontalFlip, "
+    "Normalize: {mean: [0.2860], std: [0.3530]}]",
+]
+BEGUN = "init_from=checkpoints/first/best.pt"
+WAYS = {
+    "from scratch": [],
+    "frozen features": [BEGUN, "freeze=backbone"],
+    "fine-tuning": ["experiment=finetune", BEGUN],
+}
+
+
+def some(classes: range, train: int, test: int, seed: int) -> ImageData:
+    """So many images of each of these classes of Fashion-MNIST: drawn for training, the first ones of the test set."""
+    whole = fashion_mnist(str(ROOT / "data"))
+    assert isinstance(whole.train, tuple) and isinstance(whole.test, tuple)
+    generator, parts = torch.Generator().manual_seed(seed), []
+    for (images, labels), count, drawn in ((whole.train, train, True), (whole.test, test, False)):
+        chosen = []
+        for number in classes:
+            places = (labels == number).nonzero().flatten()
+            chosen.append(places[torch.randperm(len(places), generator=generator)[:count]] if drawn else places[:count])
+        places = torch.cat(chosen)
+        parts.append((images[places], labels[places] - classes.start))
+    return ImageData(*parts, classes=[whole.classes[number] for number in classes])
+
+
+def first_five(root: str, train: int, test: int) -> ImageData:
+    """T-shirt/top, Trouser, Pullover, Dress, Coat."""
+    return some(range(5), train, test, seed=0)
+
+
+def other_five(root: str, draw: int, test: int) -> ImageData:
+    """Sandal, Shirt, Sneaker, Bag, Ankle boot."""
+    return some(range(5, 10), FEW, test, seed=draw)
+
+
+def run(folder: Path, name: str, *words: str) -> list[float]:
+    """Test accuracies of a run, or of those of a sweep, in a folder."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "benchmarks")}
+    command = [sys.executable, str(ROOT / "train.py"), f"name={name}", *COMMON, *words]
+    subprocess.run(command, cwd=folder, env=environment, check=True)
+    summaries = (folder / "checkpoints" / name).glob("**/summary.json")
+    return [json.loads(file.read_text())["test_accuracy"] for file in summaries]
+
+
+def main() -> None:
+    """Print mean and standard deviation of the test accuracy of each way."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=5, help="runs of each way (5)")
+    parser.add_argument(
+        "--images", type=int, default=1000, help="of each of the first five classes, at most 6000 (1000)"
+    )
+    parser.add_argument("--first-epochs", type=int, default=3, help="over those (3)")
+    parser.add_argument("--epochs", type=int, default=20, help="over the few images of the other five (20)")
+    parser.add_argument("--test", type=int, default=1000, help="test images of each class, at most 1000 (1000)")
+    asked = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        first = run(
+            *(folder, "first", "dataset._target_=transfer.first_five", f"+dataset.train={asked.images}"),
+            *(f"+dataset.test={asked.test}", f"epochs={asked.first_epochs}"),
+        )
+        seeds = ",".join(map(str, range(asked.seeds)))
+        few = ["dataset._target_=transfer.other_five", "+dataset.draw=${seed}", f"+dataset.test={asked.test}"]
+        few += ["batch_size=20", f"epochs={asked.epochs}"]
+        found = {}
+        for way, words in WAYS.items():
+            later = [f"unfreeze_epoch={max(2, asked.epochs // 4 + 1)}"] if "experiment=finetune" in words else []
+            name = way.replace(" ", "_")
+            found[way] = run(folder, name, "-m", f"seed={seeds}", *few, *words, *later)
+    print(f"\n{asked.test} images of each class in the test")
+    print(f"first five classes: {asked.images} images each, {asked.first_epochs} epochs: {first[0]:.2%}")
+    print(f"other five classes: {FEW} images each, {asked.epochs} epochs:\n")
+    print("| way | runs | test accuracy, mean | standard deviation |")
+    print("| --- | --- | --- | --- |")
+    for way, reached in found.items():
+        spread = f"{statistics.stdev(reached):.2%}" if len(reached) > 1 else "-"
+        print(f"| {way} | {len(reached)} | {statistics.mean(reached):.2%} | {spread} |")
+
+
+if __name__ == "__main__":
+    main()
