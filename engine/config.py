@@ -22,7 +22,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from engine.errors import RequestError, did_you_mean, one_line, shortened
+from engine.errors import RequestError, check_folds, did_you_mean, one_line, shortened
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs"
@@ -340,23 +340,6 @@ def check_value(name: str, value: Any, known: dict[str, Setting]) -> None:
         raise RequestError(f"{typed}: expected {setting.expected}{why}")
     if trouble := _trouble_of(value):
         raise RequestError(f"{typed}: {trouble}")
-
-
-def check_folds(folds: int | None, fold: int | None) -> None:
-    """Raise a RequestError unless `dataset.folds` and `dataset.fold` are both given, or neither, and go together."""
-    if folds is None and fold is None:
-        return
-    if folds is None:
-        raise RequestError(f"dataset.fold={fold}: of how many? set dataset.folds too")
-    if fold is None:
-        every = ",".join(map(str, range(folds))) if folds <= 10 else f"0,1,...,{folds - 1}"
-        raise RequestError(
-            f"dataset.folds={folds}: which of them validates? dataset.fold=0, or -m dataset.fold={every}"
-        )
-    if folds < 2:
-        raise RequestError(f"dataset.folds={folds}: expected at least two")
-    if not 0 <= fold < folds:
-        raise RequestError(f"dataset.fold={fold}: expected 0 to {folds - 1}, as dataset.folds={folds}")
 
 
 def is_keyword(name: str) -> bool:

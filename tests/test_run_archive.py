@@ -171,9 +171,9 @@ def test_what_zipfile_says_of_an_archive_is_a_refusal(tmp_path: Path) -> None:
 
 def test_texts_have_at_most_16_mib_together_as_often_as_they_are_met() -> None:
     half = "x" * (8 * 1024 * 1024)
-    archive._check_data({"a": half, "b": [half]}, 0)
+    archive.check_data({"a": half, "b": [half]}, 0)
     with pytest.raises(ValueError, match="16,777,217 characters"):
-        archive._check_data([half, half, "x"], 0)
+        archive.check_data([half, half, "x"], 0)
 
 
 @pytest.mark.parametrize("wrap", [lambda inner: [inner], lambda inner: (inner,), lambda inner: {"a": inner}])
@@ -181,15 +181,15 @@ def test_there_are_at_most_32_levels(wrap: Any) -> None:
     value: Any = 0
     for _ in range(32):
         value = wrap(value)
-    archive._check_data(value, 0)
+    archive.check_data(value, 0)
     with pytest.raises(ValueError, match="32 levels"):
-        archive._check_data(wrap(value), 0)
+        archive.check_data(wrap(value), 0)
 
 
 def test_a_name_has_at_most_1000_characters() -> None:
-    archive._check_data({10**3000: 0, "x" * 1000: 0}, 0)
+    archive.check_data({10**3000: 0, "x" * 1000: 0}, 0)
     with pytest.raises(ValueError, match="1,000 characters"):
-        archive._check_data({"a": 0, "x" * 1001: 0}, 0)
+        archive.check_data({"a": 0, "x" * 1001: 0}, 0)
 
 
 def test_tensors_stand_for_at_most_twice_the_file(tmp_path: Path) -> None:
@@ -212,9 +212,9 @@ def test_values_operations_and_tensors_are_counted(tmp_path: Path, monkeypatch: 
     assert len(loaded(pickled(b"(" + one * 3 + b"t", _0=bytes(4)), path)) == 3
     assert "more than 3 tensors" in refused(pickled(b"(" + one * 4 + b"t", _0=bytes(4)), path)
     monkeypatch.setattr(archive, "MOST_VALUES", 20)
-    archive._check_data([None] * 19, 0)  # and the list
+    archive.check_data([None] * 19, 0)  # and the list
     with pytest.raises(ValueError, match="20 values"):
-        archive._check_data([None] * 20, 0)
+        archive.check_data([None] * 20, 0)
     assert loaded(pickled(b"(" + b"N" * 17 + b"t"), path) == (None,) * 17  # and four more
     assert "more than 20 operations" in refused(pickled(b"(" + b"N" * 18 + b"t"), path)
 
