@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import predict
-from engine.data.images import read_image
+from engine.data.images import MAX_PIXELS, read_image
 from models.mlp import MLP
 
 CLASSES = [f"class {number}" for number in range(10)]
@@ -57,7 +57,7 @@ def decode_here(paths: list[Path]) -> None:
 
 def predict_all(model: torch.nn.Module, paths: list[Path], size: int, workers: int) -> None:
     """What predict.py does, its lines written to nowhere."""
-    images = predict.Images(paths, (1, size, size), {"eval_transforms": [{"Normalize": {"mean": [0.3], "std": [0.3]}}]})
+    images = predict.Images(paths, (1, size, size), [{"Normalize": {"mean": [0.3], "std": [0.3]}}], MAX_PIXELS)
     layout = predict.Layout(map(str, paths), CLASSES, with_truth=False)
     truths = [predict.true_class(path, CLASSES) for path in paths]
     classifier = predict.Classifier(model, images, CLASSES, 3, torch.device("cpu"))
