@@ -114,7 +114,7 @@ def check_format(output: Path) -> None:
     missing = [name for name in NEEDS[output.suffix] if importlib.util.find_spec(name) is None]
     if missing:
         are = "is" if len(missing) == 1 else "are"
-        raise RequestError(f"output={output}: {', '.join(missing)} {are} not installed: pip install -e '.[export]'")
+        raise RequestError(f"output={output}: {', '.join(missing)} {are} not installed: pip install '.[export]'")
 
 
 def described(saved: dict[str, Any], config: dict[str, Any], settings: Settings) -> dict[str, Any]:

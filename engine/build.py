@@ -91,6 +91,23 @@ def refusal(callee: Callable[..., Any], group: str, key: str) -> str:
     return f"takes no {shortened(key)!r}" + (did_you_mean(key, takes) or f"; it takes {', '.join(takes) or 'none'}")
 
 
+def check_folds(folds: int | None, fold: int | None) -> None:
+    """Raise a RequestError unless `dataset.folds` and `dataset.fold` are both given, or neither, and go together."""
+    if folds is None and fold is None:
+        return
+    if folds is None:
+        raise RequestError(f"dataset.fold={fold}: of how many? set dataset.folds too")
+    if fold is None:
+        every = ",".join(map(str, range(folds))) if folds <= 10 else f"0,1,...,{folds - 1}"
+        raise RequestError(
+            f"dataset.folds={folds}: which of them validates? dataset.fold=0, or -m dataset.fold={every}"
+        )
+    if folds < 2:
+        raise RequestError(f"dataset.folds={folds}: expected at least two")
+    if not 0 <= fold < folds:
+        raise RequestError(f"dataset.fold={fold}: expected 0 to {folds - 1}, as dataset.folds={folds}")
+
+
 def _callee(settings: dict[str, Any], group: str) -> Callable[..., Any]:
     callee = locate(str(settings["_target_"]), f"{group}._target_")
     if not callable(callee):

@@ -22,7 +22,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from engine.errors import RequestError, check_folds, did_you_mean, one_line, shortened
+from engine.errors import RequestError, did_you_mean, one_line, shortened
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs"
@@ -301,8 +301,6 @@ def check(
         check_value(name, value, known)
         if known[name].kind.startswith("str") and isinstance(value, (int, float)):
             put(plain, name, str(value))  # name=123 is text that looks like a number
-    if choices.get("dataset") is not None and not plain.get("resume"):  # else a run or a checkpoint has the others
-        check_folds(plain["dataset"].get("folds"), plain["dataset"].get("fold"))
     dataset, criterion = plain.get("dataset") or {}, plain.get("criterion") or {}
     if dataset.get("balance") and criterion.get("weight") == "balanced":
         raise RequestError(

@@ -124,20 +124,3 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 def _plain(name: str) -> str:
     """`Fashion-MNIST` as `fashion_mnist`: what differs in capitals and dashes is near."""
     return name.lower().replace("-", "_")
-
-
-def check_folds(folds: int | None, fold: int | None) -> None:
-    """Raise a RequestError unless `dataset.folds` and `dataset.fold` are both given, or neither, and go together."""
-    if folds is None and fold is None:
-        return
-    if folds is None:
-        raise RequestError(f"dataset.fold={fold}: of how many? set dataset.folds too")
-    if fold is None:
-        every = ",".join(map(str, range(folds))) if folds <= 10 else f"0,1,...,{folds - 1}"
-        raise RequestError(
-            f"dataset.folds={folds}: which of them validates? dataset.fold=0, or -m dataset.fold={every}"
-        )
-    if folds < 2:
-        raise RequestError(f"dataset.folds={folds}: expected at least two")
-    if not 0 <= fold < folds:
-        raise RequestError(f"dataset.fold={fold}: expected 0 to {folds - 1}, as dataset.folds={folds}")

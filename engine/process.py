@@ -2,9 +2,9 @@
 
 After a parallel operation GNU OpenMP's threads keep their cores busy, waiting for the next: by default some 10 ms,
 which is time taken from workers that read images. A thirtieth of it bridges the gaps within a training step; asleep a
-step takes a third longer. But of two runs each of whose threads waits awake for a core that the other one has, both
-get a fifth done. So runs that want all the same cores take turns. Neither changes a result, nor does where memory
-comes from.
+step takes a third longer. But two runs whose threads wait awake for cores that the other one has get half of the work
+of one done. So runs that want all the same cores take turns. Neither changes a result, nor does where memory comes
+from.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from models.mlp import MLP
 CLASSES = ["bee", "cat", "dog"]
 TRANSFORMS = [{"Resize": {"size": [12, 12]}}, {"Normalize": {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4]}}]
 SIZES = [(12, 12), (31, 17), (5, 40), (130, 100), (1, 1), (7, 9), (64, 200), (12, 30), (13, 12)]
-NEEDS_EXTRA = "pip install -e '.[export]'"
+NEEDS_EXTRA = "pip install '.[export]'"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -297,7 +297,7 @@ def test_a_missing_extra_is_named(call: Call, made: Place, monkeypatch: pytest.M
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxscript" else real(name))
     error = call("export", str(made.best), "output=model.onnx").error
-    assert "onnxscript" in error and "not installed: pip install -e '.[export]'" in error
+    assert "onnxscript" in error and "not installed: pip install '.[export]'" in error
     assert list(tmp_path.iterdir()) == []
 
 

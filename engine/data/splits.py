@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from engine.build import build, locate
+from engine.build import build, check_folds, locate
 from engine.data.augment import Resize
 from engine.data.images import ImageData, ImageFiles, shown
 from engine.data.reader import cannot_be_read
 from engine.data.transforms import parse_transforms
-from engine.errors import RequestError, check_folds, counted, printable, shortened
+from engine.errors import RequestError, counted, printable, shortened
 
 # Settings of every dataset, and those of file datasets, that are used here and not by the dataset's function.
 COMMON = (
