@@ -1109,7 +1109,7 @@ def test_a_run_gives_the_same_weights_for_any_num_workers(photos, tmp_path, call
         assert all(torch.equal(tensor, other[name]) for other in weights[1:])
 
 
-def test_folders_and_lists_in_every_format_train_to_over_90_percent(photos, tmp_path):
+def test_folders_and_lists_in_every_format_train_to_over_90_percent(photos, tmp_path, call):
     rows = [f"{path.relative_to(photos)},{path.parent.name}" for path in sorted(photos.glob("*/*"))]
     (tmp_path / "labels.csv").write_text("\n".join(["file,label", *rows]) + "\n")
     common = [
@@ -1125,8 +1125,8 @@ def test_folders_and_lists_in_every_format_train_to_over_90_percent(photos, tmp_
         ("folder", ["dataset=image_folder", f"dataset.root={photos}"]),
         ("list", ["dataset=csv_images", "dataset.annotations_file=labels.csv", f"dataset.img_dir={photos}"]),
     ):
-        done = train(tmp_path, *common, *of_dataset, f"name={name}")
-        assert done.returncode == 0, done.stderr
+        done = call("train", *common, *of_dataset, f"name={name}")
+        assert done.code == 0, done.err
         summary = json.loads((tmp_path / "checkpoints" / name / "summary.json").read_text())
         assert summary["test_accuracy"] > 0.9
 

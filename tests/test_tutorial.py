@@ -77,6 +77,7 @@ def test_small_data_gives_the_tutorials_bits(call: Call, tmp_path: Path) -> None
     assert_same_bits(tmp_path / "checkpoints/run/last.pt", tutorial_epochs(data, epochs=2))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not DEBIAN.is_dir(), reason="needs the 60,000 images: apt-get install dataset-fashion-mnist")
 def test_an_epoch_of_the_real_data_gives_the_tutorials_bits(call: Call, tmp_path: Path) -> None:
     answer = call("train", "experiment=tutorial", "epochs=1", "seed=0", "device=cpu", "name=run")
