@@ -8,9 +8,9 @@
 Loops that are compared take turns, and a ratio is the median of those of the turns. The sections:
 
 - small, photographs, large: made JPEGs, 4,000 of 256x256 resized to 64x64, 2,000 of 500x375 to 224x224, and 40 of
-  4000x3000 to 224x224, into a model that costs next to nothing: the first epoch, workers started included, and one from
-  `dataset.cache=true`, beside plain loops that do nothing but decode and resize with as many processes. simplejpeg, and
-  PyTurboJPEG with its library, take part where they are installed;
+  4000x3000 to 224x224, into a model that costs next to nothing: the first epoch, workers started included, evaluation,
+  which decodes whole images, and an epoch from `dataset.cache=true`, beside plain loops that do nothing but decode and
+  resize with as many processes. simplejpeg, and PyTurboJPEG with its library, take part where they are installed;
 - memory: an epoch over samples that lie on disk as bytes, 3 GB, and the program's own (anonymous) memory meanwhile;
 - listing: a folder of 1,280,000 images (hard links) in 1,000 classes, beside `os.walk` alone, and a CSV file of them,
   beside `os.walk` and bare `csv.reader` over the file; how many bytes are kept of each image.
@@ -97,7 +97,7 @@ def made(pictures: Pictures, rng: np.random.Generator) -> Iterator[Image.Image]:
     light, blue, red = (np.fft.irfft2(wave, (rows, columns)).astype(np.float32) for wave in waves)
     light, blue, red = (part / part.std() for part in (light, blue, red))
     large = 120 + 50 * light[:, :, None] + 12 * np.stack([red, -0.3 * red - 0.2 * blue, blue], axis=2)
-    noise = rng.normal(0, 3, (rows, columns, 1)).astype(np.float32)
+    noise = rng.normal(0, 2, (rows, columns, 1)).astype(np.float32)
     while True:
         (y, x), (y2, x2) = rng.integers(0, 401, (2, 2))
         pixels = large[y : y + height, x : x + width] + noise[y2 : y2 + height, x2 : x2 + width]
@@ -216,7 +216,15 @@ def train_on(batches: Batches, epoch: int, watch: Callable[[], None] = lambda: N
         watch()
 
 
-def folder_batches(root: Path, target: int, cache: bool) -> Batches:
+def evaluate_on(batches: Batches) -> None:
+    """What evaluation does, which decodes JPEGs whole."""
+    model = NextToNothing()
+    with torch.inference_mode():
+        for images, _ in batches.epoch():
+            model(images)
+
+
+def folder_batches(root: Path, target: int, cache: bool, training: bool = True) -> Batches:
     """Batches of `dataset=image_folder`."""
     scaled = [{"Resize": {"size": [target, target]}}]
     settings = {
@@ -233,7 +241,7 @@ def folder_batches(root: Path, target: int, cache: bool) -> Batches:
         "eval_transforms": scaled,
     }
     splits, _ = load_splits(settings, only="train")
-    return Batches(splits["train"], scaled, torch.device("cpu"), training=True, **RUN)
+    return Batches(splits["train"], scaled, torch.device("cpu"), training=training, **RUN)
 
 
 def seconds(action: Callable[[], Any]) -> float:
@@ -272,6 +280,7 @@ def measure_files(pictures: Pictures, rounds: int) -> None:
             f"plain loop, {name}": partial(plain_loop, decode, target, paths) for name, decode in PLAIN.items()
         }
         loops["this project, first epoch"] = lambda: train_on(folder_batches(root, target, cache=False), 1)
+        loops["this project, evaluation"] = lambda: evaluate_on(folder_batches(root, target, False, training=False))
         loops["this project, from the cache"] = lambda: train_on(folder_batches(root, target, cache=True), 1)
         gc.freeze()  # as train.py does, here to the good of all
         times = in_turns(loops, rounds)

@@ -42,8 +42,8 @@ MOST_STRIPS = 1 << 18  # strips or tiles of a TIFF
 MOST_RUNS = 1 << 22  # bytes of a run-length encoded BMP, which Pillow decodes in Python
 MOST_SCANNED = 1_000_000_000  # pixels that all scans of a progressive JPEG go over, where they are more than usual
 SMALL = 1 << 20  # bytes of a file
-MARGIN = 3  # times the pixels a side that are wanted: what a JPEG decoded at reduced size has at least
-STRETCH = 1 / 16  # of a wanted pixel, by which its far edge may then be moved
+MARGIN = 2  # times the pixels a side that are wanted: what a JPEG decoded at reduced size has at least
+STRETCH = 1 / 4  # of a wanted pixel, by which its far edge may then be moved
 STRIP = 1 << 22  # pixels that are brought to eight bits at once
 ORIENTATION = 0x0112  # the EXIF tag that says how the camera was held; 1 is upright
 # Of odd metadata, and of bytes that count as read-only. Once for all: for each image it would take a part of its time.
@@ -72,8 +72,8 @@ def read_image(
         path: of one of the six formats.
         channels: 1 for grey, 3 for RGB.
         max_pixels: width times height allowed.
-        at_least: (height, width) that it will be resized to: a JPEG far larger than that may be decoded at a half, a
-            quarter or an eighth of its size, which saves most of the work; see `_reduction`.
+        at_least: for training, (height, width) that it will be resized to: a JPEG far larger than that is decoded at a
+            half, a quarter or an eighth of its size, which saves most of the work and changes pixels a little.
 
     Raises:
         RequestError: it cannot be read, or is larger than `max_pixels`.
@@ -143,9 +143,9 @@ def open_image(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
 def _reduction(size: tuple[int, int], wanted: int) -> int:
     """By which number the sides of a JPEG are divided when it is decoded: 8, 4 or 2, or 1 for all of it.
 
-    The decoder takes the lower frequencies of each 8x8 block. What it gives has `MARGIN` times as many pixels a side as
-    are wanted, so that it is Resize that averages. And a part of a pixel left over by the division becomes a whole one,
-    which stretches the picture: by no more than `STRETCH`. Cameras make sides that leave nothing over.
+    The decoder takes the lower frequencies of each 8x8 block; Pillow's `thumbnail` leaves the same margin. A part of a
+    pixel that the division leaves over becomes a whole one, and the picture is stretched by as much, where the sides
+    are not multiples as those of cameras are.
 
     Args:
         size: (width, height).
