@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.data.annotations import Row, class_names, labels_of, read_annotations
+from engine.data.annotations import Annotations, class_names, labels_of, read_annotations
 from engine.data.download import download
 from engine.data.folders import list_images, some
 from engine.data.formats import read_cifar, read_cifar_names, read_idx
@@ -184,23 +184,22 @@ def csv_images(
                     f"dataset.val_annotations_file={shown(val_annotations_file)}: the same file as "
                     f"dataset.{part}annotations_file; validation needs images of its own"
                 )
-    rows = read_annotations(annotations_file, img_dir)
-    names, numbers = class_names(rows, classes, annotations_file)
+    listed = read_annotations(annotations_file, img_dir)
+    names, numbers = class_names(listed, classes)
 
-    def files(rows: list[Row], file: str, name: str = "") -> ImageFiles:
-        paths, labels = [path for _, path, _ in rows], labels_of(rows, names, numbers, file)
-        return ImageFiles(paths, labels, channels, max_pixels, name)
+    def files(listed: Annotations, name: str = "") -> ImageFiles:
+        return ImageFiles(listed.paths, labels_of(listed, names, numbers), channels, max_pixels, name)
 
-    train, val = files(rows, annotations_file), None
-    present = set(train.targets.tolist())
+    train, val = files(listed), None
+    present = set(train.targets.unique().tolist())
     if empty := [printable(name) for label, name in enumerate(names) if label not in present]:
         what = "1 class" if len(empty) == 1 else f"{len(empty):,} classes"
         print(f"{shown(annotations_file)} has no image of {what} ({some(empty)})", flush=True)
     if val_annotations_file is not None:
-        val = files(read_annotations(val_annotations_file, img_dir), val_annotations_file, "val")
+        val = files(read_annotations(val_annotations_file, img_dir), "val")
         print(f"{shown(val_annotations_file)} is the validation part, and dataset.val_fraction is not used", flush=True)
     if test_annotations_file is not None:
-        test = files(read_annotations(test_annotations_file, img_dir), test_annotations_file, "test")
+        test = files(read_annotations(test_annotations_file, img_dir), "test")
         return ImageData(train, test, names, val=val)
     train, test = _split_off_test(train, test_fraction, annotations_file)
     if val_annotations_file is not None:

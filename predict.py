@@ -35,7 +35,7 @@ from engine.data.draws import Draws, own_randomness
 from engine.data.folders import is_leftover
 from engine.data.images import MAX_PIXELS, read_image
 from engine.data.splits import load_splits
-from engine.data.transforms import PerImage, apply, parse_transforms, resized_to
+from engine.data.transforms import PerImage, apply, parse_transforms
 from engine.errors import RequestError, RunError, counted, one_line, printable, shortened
 from engine.run import checkpoint, runs, trust
 from engine.terminal import watched
@@ -312,7 +312,6 @@ class Images(Dataset):
         self.scales = not any(isinstance(transform, (Resize, PerImage)) for transform in transforms)
         if self.scales:
             transforms.insert(0, Resize(list(input_shape[1:])))
-        self.at_least = resized_to(transforms)
         numbered = list(enumerate(transforms))
         cut = next((n for n, t in numbered if isinstance(t, Normalize) or t.needs_float), len(numbered))
         if any(isinstance(transform, PerImage) for transform in transforms[cut:]):
@@ -345,7 +344,7 @@ class Images(Dataset):
 
     def _read(self, given: Path | Tensor) -> Tensor:
         if not isinstance(given, Tensor):
-            return read_image(given, self.input_shape[0], self.max_pixels, self.at_least)
+            return read_image(given, self.input_shape[0], self.max_pixels)
         if given.ndim != 3 or not (given.dtype == torch.uint8 or given.is_floating_point()) or 0 in given.shape:
             raise RunError(f"{given.dtype} {list(given.shape)}; expected uint8 or floats [channels, height, width]")
         return given.cpu() if given.dtype == torch.uint8 else given.cpu().float()

@@ -1,9 +1,9 @@
 """How far exported files are from predict.py: `python benchmarks/export.py checkpoints/latest/best.pt`.
 
 Of a checkpoint that was trained on Fashion-MNIST: all 10,000 test images, then 500 of them as PNG files of many sizes,
-and as large JPEG files, which predict.py decodes at reduced size and this script, for the exported file, as a whole.
-Printed are the largest difference of a probability, the mean over images of their largest, and how many predictions
-differ.
+and as large JPEG files. And how far what predict.py says of these is from what it says of them as training reads them,
+which decodes them at reduced size. Printed are the largest difference of a probability, the mean over images of their
+largest, and how many predictions differ.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import export
 from datasets import fashion_mnist
+from engine.data.images import read_image
 from predict import Predictor
 
 Answers = Callable[[Tensor], Tensor]
@@ -66,7 +67,10 @@ def main() -> None:
                 Image.fromarray(image.numpy()).resize(size, Image.Resampling.BICUBIC).save(paths[-1], quality=95)
             read = [torch.from_numpy(np.array(Image.open(path)))[None, :, :, None] for path in paths]
             what = f"500 {kind.upper()} files, {least} to {most} pixels a side"
-            compare(what, answers, probabilities(predictor, paths), read)
+            said = probabilities(predictor, paths)
+            compare(what, answers, said, read)
+        as_in_training = [read_image(path, 1, at_least=(28, 28)) for path in paths]
+        compare("  decoded as training does", {"": lambda _: probabilities(predictor, as_in_training)}, said, read[:1])
 
 
 if __name__ == "__main__":

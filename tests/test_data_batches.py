@@ -26,6 +26,7 @@ from torch.utils.data import Dataset, IterableDataset, WeightedRandomSampler
 import datasets
 import engine.data.devices
 import engine.data.transforms
+import predict
 from engine.data.augment import Resize
 from engine.data.batches import Batches
 from engine.data.cache import _locked, cached_images
@@ -764,6 +765,30 @@ def test_transforms_that_do_not_fit_the_images():
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Image files
+
+
+def test_large_jpegs_are_decoded_small_in_training_and_whole_where_something_is_measured(tmp_path):
+    """Held against Pillow's decoder and torch's resize; the cache serves all, and so is whole."""
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 4), ("test", 2)):
+        for name in ("cat", "dog"):
+            (tmp_path / part / name).mkdir(parents=True)
+            for number in range(count):
+                picture = Image.fromarray(rng.integers(0, 256, (70, 80, 3), dtype=np.uint8))
+                picture.save(tmp_path / part / name / f"{number}.jpg")
+    resized = [{"Resize": {"size": [16, 16]}}]
+    given = photo_settings(tmp_path, train_transforms=resized, eval_transforms=resized, val_fraction=0.5)
+    with_cache = {**given, "cache": True, "cache_dir": str(tmp_path / "cache")}
+    for split, training in (("train", True), ("train", False), ("val", False), ("test", False)):
+        batches = batches_of(given, split, training=training)
+        paths = [batches.split.part.paths[row] for row in batches.split.indices.tolist()]
+        pixels = [torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1) for path in paths]
+        whole = Resize([16, 16])(torch.stack(pixels)).float() / 255
+        found = whole_epoch(batches)[0]
+        assert torch.equal(found, whole) != training and (found - whole).abs().max() < 0.3
+        assert torch.equal(whole_epoch(batches_of(with_cache, split, training=training))[0], whole)
+        predicted = predict.Images([Path(path) for path in paths], (3, 16, 16), resized, 10**6)
+        assert torch.equal(torch.stack([predicted[i][1] for i in range(len(paths))]).float() / 255, whole)
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import random
 import re
 import resource
 import struct
+import tracemalloc
 import warnings
 import zlib
 
@@ -130,10 +131,35 @@ def test_exif_rotation_is_applied(tmp_path):
 
 def test_a_large_jpeg_is_decoded_small_and_looks_the_same(tmp_path):
     quarters().resize((960, 640)).save(tmp_path / "a.jpg", quality=95)
-    small = read_image(tmp_path / "a.jpg", at_least=(40, 60))
+    small = read_image(tmp_path / "a.jpg", at_least=(40, 80))
     assert list(small.shape) == [3, 160, 240]
     assert near(corners(small), [RED, GREEN, BLUE, WHITE])
+    assert list(read_image(tmp_path / "a.jpg", at_least=(40, 81)).shape) == [3, 320, 480]
     assert list(read_image(tmp_path / "a.jpg", at_least=(400, 600)).shape) == [3, 640, 960]
+
+
+@pytest.mark.parametrize(
+    ("size", "reduced"),
+    [
+        ((448, 680), (56, 85)),
+        ((449, 448), (113, 112)),  # 57 eighths are 456 pixels, 0.44 of a 28th too many
+        ((225, 225), (113, 113)),  # 57 quarters are 228, 0.37 too many
+        ((671, 673), (168, 169)),
+        ((111, 448), (111, 448)),
+    ],
+)
+def test_a_picture_is_in_the_same_place_whether_it_was_decoded_whole_or_small(tmp_path, size, reduced):
+    """Bars of two 28ths of a side are where they are in the whole picture, up to a quarter of a 28th."""
+    across, down = (np.arange(side) * 14 // side % 2 * 160 + 48 for side in size)
+    Image.fromarray(np.maximum(across, down[:, None]).astype(np.uint8)).save(tmp_path / "a.jpg", quality=95)
+    small = read_image(tmp_path / "a.jpg", 1, at_least=(28, 20))
+    assert small.shape[1:] == reduced[::-1]
+    with Image.open(tmp_path / "a.jpg") as whole:
+        expected, found = (
+            np.asarray(image.resize((28, 28), Image.Resampling.BILINEAR)).astype(int)
+            for image in (whole, Image.fromarray(small[0].numpy()))
+        )
+    assert np.abs(found - expected).max() <= 160 / 4 + 5
 
 
 @pytest.mark.parametrize("content", [b"", b"not an image\n", b"\x89PNG\r\n\x1a\n" + bytes(30)])
@@ -322,9 +348,60 @@ def test_a_validation_list_of_its_own(photos, capsys):
         csv_images(**settings, val_annotations_file=val)
 
 
+def test_a_file_is_there_or_not_however_its_name_is_written(photos, monkeypatch):
+    """Held against a question for each file; of a folder only so much is listed."""
+    monkeypatch.setattr("engine.data.annotations.LISTED", 2)
+    img, far = photos / "img", photos / "far"
+    for folder in (img / "a" / "b", far):
+        folder.mkdir(parents=True)
+    for number in range(9):
+        (img / "a" / f"{number}.png").touch()
+    (img / "a" / "b" / "1.png").touch()
+    (img / "a" / "folder.png").mkdir()
+    (img / "link.png").symlink_to("a/0.png")
+    (img / "gone.png").symlink_to("nowhere")
+    (img / "round.png").symlink_to("round.png")
+    (img / "far").symlink_to(far)
+    (far / "x.png").touch()
+    os.mkfifo(img / "fifo.png")
+    there = [
+        "0.png",
+        "a/3.png",
+        "a/b/1.png",
+        "a/../1.png",
+        "./2.png",
+        "a//4.png",
+        "link.png",
+        "far/x.png",
+        f"{far}/x.png",
+    ]
+    missing = [
+        "8.png",
+        "a/folder.png",
+        "gone.png",
+        "round.png",
+        "fifo.png",
+        "a/b/2.png",
+        "b/1.png",
+        "/0.png",
+        "0.png/1.png",
+    ]
+    for name in missing:
+        assert not os.path.isfile(os.path.join(img, name))
+        with pytest.raises(
+            RequestError, match=re.escape(f"labels.csv, row 10: {os.path.join(img, name)} is not there; ")
+        ):
+            listed(photos, "".join(f"{one},{place % 2}\n" for place, one in enumerate([*there, name])))
+    data = listed(photos, "".join(f"{one},{place % 2}\n" for place, one in enumerate([*there, "0.png"])))
+    assert sorted([*data.train.paths, *data.test.paths]) == sorted(os.path.join(img, one) for one in [*there, "0.png"])
+
+
 @pytest.mark.parametrize(
     ("text", "settings", "says"),
     [
+        ("\nfile,label\n\n" + NUMBERS + '"8\n.png",1\n', {}, r"row 13: .*8\\n\.png is not there"),
+        (NUMBERS + "\n , \nnine.png,1\n7.png,0\nten.png,1\n", {}, r"row 11: .*nine.*, nor are those of 1 other row;"),
+        ("nine.png,1\n" * 1000 + NUMBERS + "7.png\n", {}, r"row 1: .*nine.*, nor are those of 999 other rows"),
         (NUMBERS + "nine.png,1\n", {}, r"labels\.csv, row 9: .*nine\.png is not there"),
         ("file,label\n" + NUMBERS + "nine.png,1\n", {}, r"row 10: .*nine\.png is not there"),
         (NUMBERS + "7.png,5\n", {"classes": ["a", "b"]}, r"row 9: label '5'; expected 0 to 1, as there are 2 classes"),
@@ -709,10 +786,34 @@ def test_paths_in_one_block_are_those_of_a_list():
     assert paths.tolist() == list(paths) == names and len(paths) == 5 and "ä/ö.png" in paths
     assert [paths[place] for place in (0, np.int64(2), -1, -5)] == [names[place] for place in (0, 2, -1, -5)]
     assert paths[np.array([3, 1, 1])].tolist() == ["", "ä/ö.png", "ä/ö.png"] and paths[1:3].tolist() == names[1:3]
+    assert paths[np.arange(5) % 2 == 1].block is paths.block  # a part of them takes no more of it
+    assert (paths[3:] + Paths.of(["b"]) + paths).tolist() == [*names[3:], "b", *names]
     assert Paths.of([]).tolist() == []
     for place in (5, -6):
         with pytest.raises(IndexError):
             paths[place]
+
+
+def test_what_is_kept_of_an_image_is_its_name_and_a_few_bytes(tmp_path):
+    """A list of Python's texts would take 49 bytes more of each."""
+    names = [f"{label}/{number}.png" for label in ("cat", "dog") for number in range(500)]
+    (tmp_path / "labels.csv").write_text("".join(f"{name},{name[:3]}\n" for name in names))
+    for label in ("cat", "dog"):
+        (tmp_path / "img" / label).mkdir(parents=True)
+    for name in names:
+        (tmp_path / "img" / name).touch()
+    for make in (
+        lambda: image_folder(str(tmp_path / "img"), **FOLDER),
+        lambda: csv_images(str(tmp_path / "labels.csv"), str(tmp_path / "img"), **LIST),
+    ):
+        make()  # once for what is imported and kept for good
+        tracemalloc.start()
+        data = make()
+        kept, _ = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert len(data.train) + len(data.test) == len(names)
+        length = max(map(len, data.train.paths))
+        assert length < kept / len(names) < length + 20
 
 
 def test_what_is_no_file_is_told_with_the_number_of_all(tmp_path):

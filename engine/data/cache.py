@@ -38,7 +38,7 @@ from engine.terminal import watched
 
 Cache = tuple[Tensor, dict[int, str]]
 
-FORMAT = 1
+FORMAT = 2  # 1 had JPEGs decoded at reduced size
 BATCH = 64  # images a worker decodes before it sends them
 
 

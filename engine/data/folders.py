@@ -85,7 +85,7 @@ def _part_folders(top: Path) -> dict[str, Path]:
                 f"{shown(top / name)}: seems to hold the {part} images, not a class, and there is no train/; "
                 f"expected {shown(top)}/train (and test, val), or one folder a class"
             )
-        if nested := next((name for name in names if {"train", "test"} <= set(_folders(top / name))), None):
+        if nested := next((name for name in names if all((top / name / p).is_dir() for p in ("train", "test"))), None):
             raise RequestError(
                 f"{shown(top)}: {printable(nested)}/ holds train/ and test/; "
                 f"did you mean dataset.root={shown(top / nested)}?"
@@ -164,6 +164,9 @@ def _are_images(names: list[str]) -> bool:
     dot = bisect_left(names, ".")  # where hidden ones would be
     if dot < len(names) and names[dot].startswith("."):
         return False
+    ending = os.path.splitext(names[0])[1]
+    if "\0".join([*names, ""]).count(f"{ending}\0") == len(names):  # takes a third of the time of a look at each
+        return ending.lower() in EXTENSIONS
     return all(ending.lower().endswith(EXTENSIONS) for ending in set(map(itemgetter(slice(-5, None)), names)))
 
 
@@ -195,13 +198,13 @@ class _Walk:
 
     def images(self, top: Path, classes: list[str]) -> Listed:
         """Those below the class folders in `top`; a RequestError where there is none, or a folder cannot be listed."""
-        blocks, labels, counts = list[str](), list[int](), list[int]()
+        blocks, labels, counts = list[bytes](), list[int](), list[int]()
         for label, folder, names in watched(self._found(top, classes), f"listing {shown(top)}", None):
             start = "\0" + os.path.join(folder, "")
-            blocks.append(start + start.join(names))
+            blocks.append((start + start.join(names)).encode("utf-8", "surrogatepass"))
             labels.append(label)
             counts.append(len(names))
-        return Paths("".join(blocks)), torch.tensor(labels).repeat_interleave(torch.tensor(counts))
+        return Paths(b"".join([*blocks, b"\0"])), torch.tensor(labels).repeat_interleave(torch.tensor(counts))
 
     def _found(self, top: Path, classes: list[str]) -> Iterator[tuple[int, str, list[str]]]:
         """(label, folder, names of images in it) of every folder that has some."""

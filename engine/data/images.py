@@ -42,6 +42,8 @@ MOST_STRIPS = 1 << 18  # strips or tiles of a TIFF
 MOST_RUNS = 1 << 22  # bytes of a run-length encoded BMP, which Pillow decodes in Python
 MOST_SCANNED = 1_000_000_000  # pixels that all scans of a progressive JPEG go over, where they are more than usual
 SMALL = 1 << 20  # bytes of a file
+MARGIN = 2  # times the pixels a side that are wanted: what a JPEG decoded at reduced size has at least
+STRETCH = 1 / 4  # of a wanted pixel, by which its far edge may then be moved
 STRIP = 1 << 22  # pixels that are brought to eight bits at once
 ORIENTATION = 0x0112  # the EXIF tag that says how the camera was held; 1 is upright
 # Of odd metadata, and of bytes that count as read-only. Once for all: for each image it would take a part of its time.
@@ -70,9 +72,8 @@ def read_image(
         path: of one of the six formats.
         channels: 1 for grey, 3 for RGB.
         max_pixels: width times height allowed.
-        at_least: (height, width) that it will be resized to: a JPEG of at least four times these pixels a side may be
-            decoded at a half, a quarter or an eighth of its size, which saves most of the work (the decoder averages
-            within its 8x8 blocks; Pillow's `thumbnail` does the same with the same margin).
+        at_least: for training, (height, width) that it will be resized to: a JPEG far larger than that is decoded at a
+            half, a quarter or an eighth of its size, which saves most of the work and changes pixels a little.
 
     Raises:
         RequestError: it cannot be read, or is larger than `max_pixels`.
@@ -90,8 +91,8 @@ def read_image(
             if tile_width * tile_height > max_pixels:
                 raise ValueError(f"tiles of {tile_width}x{tile_height} pixels")
             if at_least is not None and image.format == "JPEG":
-                side = 2 * max(at_least)  # square, as EXIF may still turn it
-                image.draft("L" if channels == 1 and image.mode == "L" else "RGB", (side, side))
+                parts = _reduction(image.size, max(at_least))  # the larger one, as EXIF may still turn it
+                image.draft(None, (width // parts, height // parts))
             said = image.format != "JPEG" or "exif" in image.info or "xmp" in image.info  # looking takes time
             if said and image.getexif().get(ORIENTATION, 1) != 1:
                 ImageOps.exif_transpose(image, in_place=True)
@@ -137,6 +138,21 @@ def open_image(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
                 yield image
     finally:
         Image.MAX_IMAGE_PIXELS = limit
+
+
+def _reduction(size: tuple[int, int], wanted: int) -> int:
+    """By which number the sides of a JPEG are divided when it is decoded: 8, 4 or 2, or 1 for all of it.
+
+    The decoder takes the lower frequencies of each 8x8 block; Pillow's `thumbnail` leaves the same margin. A part of a
+    pixel that the division leaves over becomes a whole one, and the picture is stretched by as much, where the sides
+    are not multiples as those of cameras are.
+
+    Args:
+        size: (width, height).
+        wanted: pixels of the longer side once it is resized.
+    """
+    parts = (n for n in (8, 4, 2) if min(size) >= MARGIN * n * wanted)
+    return next((n for n in parts if all(-side % n * wanted <= STRETCH * side for side in size)), 1)
 
 
 class _Counting(io.BufferedReader):
@@ -244,30 +260,33 @@ class Paths(Sequence[str]):
     """Names of files in one block of memory, of which worker processes, touching no Python object, copy nothing.
 
     Args:
-        text: all of them, each behind a zero character, which no name has.
+        block: all of them in UTF-8, each with a zero byte, which no name has, before and behind it.
+        places: where each begins, int64 `[n]`; None takes all that there are.
     """
 
-    def __init__(self, text: str) -> None:
-        self.text = np.frombuffer(text.encode("utf-8", "surrogatepass") + b"\0", dtype=np.uint8)
-        self.zeros = np.flatnonzero(self.text == 0)
+    def __init__(self, block: bytes, places: np.ndarray | None = None) -> None:
+        self.block = block
+        if places is None:
+            places = np.flatnonzero(np.frombuffer(block, dtype=np.uint8) == 0)[:-1] + 1
+        self.places = places
 
     def __len__(self) -> int:
-        return len(self.zeros) - 1
+        return len(self.places)
 
     def __getitem__(self, index: Any) -> Any:
-        """One path, or the `Paths` of a slice or of an array of indices."""
-        if isinstance(index, (int, np.integer)):
-            if not -len(self) <= index < len(self):
-                raise IndexError(index)
-            place = int(index) % len(self)
-            start, end = self.zeros[place : place + 2].tolist()
-            return self.text[start + 1 : end].tobytes().decode("utf-8", "surrogatepass")
-        return Paths.of(map(self.__getitem__, np.arange(len(self))[index].tolist()))
+        """One path, or the `Paths` of a slice or of an array of indices, which has the same block."""
+        if not isinstance(index, (int, np.integer)):
+            return Paths(self.block, self.places[index])
+        place = int(self.places[index])
+        return self.block[place : self.block.index(0, place)].decode("utf-8", "surrogatepass")
+
+    def __add__(self, others: Paths) -> Paths:
+        return Paths(self.block + others.block, np.concatenate([self.places, others.places + len(self.block)]))
 
     @classmethod
     def of(cls, paths: Iterable[str]) -> Paths:
         """Those of a list."""
-        return cls("".join(f"\0{path}" for path in paths))
+        return cls("\0".join(["", *paths, ""]).encode("utf-8", "surrogatepass"))
 
     def tolist(self) -> list[str]:
         return list(self)
@@ -315,6 +334,5 @@ class ImageFiles(Dataset):
 
     def joined(self, others: ImageFiles, name: str) -> ImageFiles:
         """These samples, and the others behind them, which are read in the same way."""
-        paths, labels = [*self.paths, *others.paths], torch.cat([self.targets, others.targets])
-        no_files = {*self.no_files, *others.no_files}
-        return ImageFiles(paths, labels, self.channels, self.max_pixels, name, no_files)
+        labels, no_files = torch.cat([self.targets, others.targets]), {*self.no_files, *others.no_files}
+        return ImageFiles(self.paths + others.paths, labels, self.channels, self.max_pixels, name, no_files)

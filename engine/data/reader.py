@@ -57,7 +57,7 @@ class Reader:
         seed: of the run.
         num_classes: labels are below it.
         skip_unreadable: another sample of the batch takes the place of an image file that cannot be read.
-        training: whether to name skip_unreadable as the way out where one cannot be read.
+        training: JPEGs may be decoded at reduced size, and where one cannot be read skip_unreadable is the way out.
     """
 
     READ_AT_ONCE = 8  # samples, before they are transformed: taking turns would clear the processor's caches each time
@@ -76,7 +76,7 @@ class Reader:
         # Ours draw nothing at random while reading and keep no file open; a user's may.
         self.is_builtin = isinstance(part, (tuple, ImageFiles))
         self.is_random = any(transform.random for transform in transforms)
-        self.resized_to = resized_to(transforms)
+        self.at_least = resized_to(transforms) if training else None  # what is measured is decoded whole
 
     def read(self, epoch: int, indices: Tensor, into: Tensor | None = None) -> tuple[Tensor, Tensor, list[str]]:
         """(images, labels, what was skipped) of the samples `indices`, int64 `[batch]`, in an epoch from 1.
@@ -128,7 +128,7 @@ class Reader:
 
     def _sample(self, index: int) -> tuple[Tensor, Any]:
         if isinstance(self.part, ImageFiles):
-            return self.part.read(index, self.resized_to), int(self.part.targets[index])
+            return self.part.read(index, self.at_least), int(self.part.targets[index])
         if isinstance(self.part, tuple):
             return self.part[0][index], int(self.part[1][index])
         what = f"sample {index} of {type(self.part).__name__}"
