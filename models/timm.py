@@ -128,8 +128,8 @@ def _file(known: Any) -> Path | str:
         return Path(hf_hub_download(known.hf_hub_id, file))
     except Exception as error:  # the hub has many kinds, and lets some of the libraries below it through
         raise ValueError(
-            f"{file} of {known.hf_hub_id} is not in the hub's cache and cannot be downloaded "
-            f"({' '.join(str(error).split())[:120]}); put it there as {folder / 'snapshots' / 'main' / file}"
+            f"{file} of {known.hf_hub_id} is not in the hub's cache and cannot be downloaded ({type(error).__name__}); "
+            f"put it there as {folder / 'snapshots' / 'main' / file}"
         ) from None
 
 

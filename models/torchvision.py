@@ -121,7 +121,7 @@ def _options(name: str, channels: int, height: int, width: int) -> dict[str, Any
         options = {"aux_logits": False, "init_weights": True, "transform_input": channels == 3}
     if not fits:
         raise ValueError(
-            f"{name} takes images of {takes}, these have {height}x{width}; "
+            f"{name} takes {takes}, these images have {height}x{width}; "
             "put Resize: {size: [224, 224]} into dataset.train_transforms and eval_transforms"
         )
     return options

@@ -110,7 +110,10 @@ def test_a_run_begins_with_weights_and_needs_their_file_no_more(timm: Any, call:
     assert not hub.exists()
 
 
-def test_without_a_network_the_file_and_its_place_are_named(timm: Any, call: Call, hub: Path, tmp_path: Path) -> None:
+def test_without_a_network_the_file_and_its_place_are_named(
+    timm: Any, call: Call, hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("time.sleep", lambda _: None)  # the hub asks six times, 23 seconds in all
     words = ["model=timm", "model.name=test_resnet.r160_in1k", "model.pretrained=true"]
     said = call("train", *words).error
     folder = hub / "models--timm--test_resnet.r160_in1k" / "snapshots" / "main"

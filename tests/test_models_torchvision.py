@@ -175,11 +175,11 @@ def test_what_the_weights_were_trained_with_is_what_torchvision_says() -> None:
         ("ResNet18", {}, (3, 64, 64), "near are resnet18"),
         ("fasterrcnn_resnet50_fpn", {}, (3, 64, 64), "no such classification model"),
         ("resnet18", {"weights": "default"}, (3, 64, 64), "weights=default: resnet18 has IMAGENET1K_V1, DEFAULT; a "),
-        ("vit_b_16", {}, (3, 28, 28), r"squares whose side is a multiple of 16 pixels, these have 28x28; put Resize: "
+        ("vit_b_16", {}, (3, 28, 28), r"squares whose side is a multiple of 16 pixels, these images have 28x28; put Resize: "
                                       r"\{size: \[224, 224\]\} into dataset.train_transforms and eval_transforms"),
-        ("vit_b_16", {}, (3, 32, 48), "these have 32x48"),
-        ("maxvit_t", {}, (3, 224, 112), "multiples of 224 pixels, these have 224x112"),
-        ("alexnet", {}, (3, 28, 28), "alexnet takes images of at least 63x63 pixels, these have 28x28"),
+        ("vit_b_16", {}, (3, 32, 48), "these images have 32x48"),
+        ("maxvit_t", {}, (3, 224, 112), "multiples of 224 pixels, these images have 224x112"),
+        ("alexnet", {}, (3, 28, 28), "alexnet takes at least 63x63 pixels, these images have 28x28"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_told(name: str, settings: dict[str, Any], shape: tuple[int, ...], said: str) -> None:
@@ -342,7 +342,12 @@ def test_a_checkpoint_cannot_name_another_model(name: str, tmp_path: Path) -> No
 def test_every_model_trains_is_evaluated_and_exported(call: Call, name: str, tmp_path: Path) -> None:
     size = f"[Resize: {{size: [{side(name)}, {side(name)}]}}]"
     words = ["model=torchvision", f"model.name={name}", "dataset.limit=20", "batch_size=4", "limit_batches=1"]
-    words += [f"dataset.train_transforms={size}", f"dataset.eval_transforms={size}", "optimizer.momentum=0"]
+    words += [
+        f"dataset.train_transforms={size}",
+        f"dataset.eval_transforms={size}",
+        "optimizer.momentum=0",
+        "optimizer.lr=1e-6",
+    ]
     told = call("train", *words, "epochs=1", "name=run", "dataset.val_fraction=0")
     assert told.code == 0, told.err
     told = call("evaluate", "checkpoint=checkpoints/run/best.pt", "dataset.limit=4")
