@@ -62,6 +62,8 @@ def test_a_model_of_ones_own_tells_what_its_weights_want() -> None:
     assert data["eval_transforms"][2] == {"Normalize": {"mean": [0.5] * 3, "std": [0.25] * 3}}
     for same in (config(), config(match_model=False), config(match_model=True) | {"resume": "checkpoints/run"}):
         assert as_trained(same) is same
+    with pytest.raises(RequestError, match="dataset.cache=true keeps images of one size"):
+        as_trained(config(match_model=True, cache=True, channels=3))
     unknown = config(match_model=True)
     unknown["model"]["width"] = 0
     for one in (unknown, {**unknown, "model": {"_target_": "models.mlp.MLP"}}):

@@ -86,6 +86,11 @@ def as_trained(config: dict[str, Any]) -> dict[str, Any]:
             f"dataset.match_model=true: model={config['choices']['model']} has here no trained weights of which it is "
             "known how their images were prepared; leave it out, or choose such weights"
         )
+    if data.get("cache"):
+        raise RequestError(
+            "dataset.cache=true keeps images of one size, and dataset.match_model=true scales them by their shorter "
+            "side; leave one of them out"
+        )
     lists = (f"{phase}_transforms" for phase in ("train", "eval"))
     return {**config, "dataset": {**data, **{name: fitted(data[name], expected, name) for name in lists}}}
 
