@@ -60,9 +60,12 @@ def test_a_model_of_ones_own_tells_what_its_weights_want() -> None:
     assert data["eval_transforms"] == data["train_transforms"] == WANTED  # of one channel, as the digits have
     data = as_trained(config(match_model=True, channels=3))["dataset"]
     assert data["eval_transforms"][2] == {"Normalize": {"mean": [0.5] * 3, "std": [0.25] * 3}}
-    for same in (config(), config(match_model=False), config(match_model=True) | {"resume": "checkpoints/run"}):
+    resumed = config(match_model=True) | {"resume": "checkpoints/run", "changed": ["dataset.limit null -> 3"]}
+    for same in (config(), config(match_model=False), resumed):
         assert as_trained(same) is same
-    with pytest.raises(RequestError, match="dataset.cache=true keeps images of one size"):
+    resumed["changed"].append("dataset.match_model false -> true")
+    assert as_trained(resumed)["dataset"]["eval_transforms"] == WANTED
+    with pytest.raises(RequestError, match=r"dataset.cache=true keeps images of one size"):
         as_trained(config(match_model=True, cache=True, channels=3))
     unknown = config(match_model=True)
     unknown["model"]["width"] = 0

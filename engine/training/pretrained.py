@@ -72,13 +72,16 @@ def trained_with(model: dict[str, Any], channels: int) -> list[Any] | None:
 
 
 def as_trained(config: dict[str, Any]) -> dict[str, Any]:
-    """The configuration of a new run with the images prepared as the weights want them, if `dataset.match_model` asks.
+    """The configuration with the images prepared as the weights want them, where `dataset.match_model` asks for that.
+
+    A run that is resumed goes on with what it began with, unless it did not ask before.
 
     Raises:
         RequestError: the model does not tell how.
     """
     data = config["dataset"]
-    if not data.get("match_model") or config["resume"]:  # a run goes on as it began
+    asks_now = not config["resume"] or any(text.startswith("dataset.match_model ") for text in config["changed"])
+    if not data.get("match_model") or not asks_now:
         return config
     expected = trained_with(config["model"], _channels(data))
     if expected is None:
