@@ -40,7 +40,9 @@ from engine.training.metrics import (
 )
 
 # Settings of a data set that evaluating has no use for: names that are imported, and files that are written.
-ONLY_FOR_TRAINING = ("target_transform", "train_transforms", "balance", "cache", "cache_dir", "skip_unreadable")
+ONLY_FOR_TRAINING = (
+    "target_transform", "train_transforms", "balance", "cache", "cache_dir", "skip_unreadable", "match_model",
+)  # fmt: skip
 
 MOST_CLASSES = 2000  # of a checkpoint that was made elsewhere; the confusion matrix has their square
 WIDEST = 60  # characters of a class name in the table

@@ -35,6 +35,7 @@ from engine.terminal import log, watched
 from engine.training.display import Bar, epoch_line
 from engine.training.metrics import Tally, accuracy, evaluate, loss_name
 from engine.training.optimizers import build_optimizer, shares
+from engine.training.pretrained import as_trained, disagreement, read_weights
 from engine.training.schedules import build_schedule
 from engine.training.step import Step, choose_precision
 from engine.training.transfer import Frozen, scale_rates, take_weights
@@ -50,6 +51,7 @@ def main(config: dict[str, Any]) -> float:
     # Data.
     runs.check_name(config)
     device = prepare_device(config["device"], config["deterministic"], config["num_threads"])
+    config = as_trained(config)  # prepares images as the model's weights want them, if that is asked
     splits, classes = load_splits(config["dataset"])
     patience = config["early_stopping"]["patience"]
     check_early_stopping(patience, splits)
@@ -59,13 +61,16 @@ def main(config: dict[str, Any]) -> float:
 
     # Model, loss, optimizer, schedule.
     torch.manual_seed(config["seed"])
-    model = to_device(build(config["model"], "model", input_shape=input_shape, num_classes=len(classes)), device)
+    begins = not runs.is_saved(config["resume"])  # else the weights are those that were saved
+    given: dict[str, Any] = {"input_shape": input_shape, "num_classes": len(classes)}
+    given["read_weights"] = read_weights if begins else None
+    model = to_device(build(config["model"], "model", **given), device)
     counts = class_counts(splits["train"], classes)
     criterion = to_device(build(config["criterion"], "criterion", class_counts=counts), device)
     trained_with = loss_name(criterion, config["dataset"]["target_transform"], batches["train"].mixing is not None)
     try_step(model, criterion, config["optimizer"], batches["train"], input_shape, len(classes), precision)
     taken = ""
-    if config["init_from"] and not runs.is_saved(config["resume"]):  # else the weights are those that were saved
+    if config["init_from"] and begins:
         taken = take_weights(model, Path(config["init_from"]), classes)
     optimizer = build_optimizer(config["optimizer"], model, config["decay_norms"])
     scale_rates(optimizer, model, config["lr_scale"])
@@ -103,7 +108,7 @@ def main(config: dict[str, Any]) -> float:
     parts |= {"tally": tally, "progress": progress, "random": RandomStates()}
     saver = Saver(directory, about, parts, **config["checkpoint"])
     describe(config, model, optimizer, splits, input_shape, device, precision, directory, trained_with)
-    log_transfer(taken, frozen.said(model, config["epochs"]), config["init_from"])
+    log_transfer(config, taken, frozen.said(model, config["epochs"]), disagreement(config, input_shape))
     if config["resume"]:
         saver.restore(config["changed"], steps)
         runs.save_config(directory, config)
@@ -286,7 +291,8 @@ def describe(
     """Log what is about to be trained, on what and where."""
     choices, sizes = config["choices"], ", ".join(f"{len(split):,} {name}" for name, split in splits.items())
     shape, num_classes = "x".join(map(str, input_shape)), splits["train"].num_classes
-    log.info(f"model    {choices['model']}, {sum(p.numel() for p in model.parameters()):,} parameters")
+    named = " ".join(filter(None, (choices["model"], config["model"].get("name"))))
+    log.info(f"model    {named}, {sum(p.numel() for p in model.parameters()):,} parameters")
     if said := shares(optimizer):
         log.info(f"updates  {said}")
     log.info(f"data     {choices['dataset']}, {sizes}, images {shape}, {num_classes} classes")
@@ -307,9 +313,12 @@ def describe(
         log.info("mixed    a training image is right with the class of its larger share")
 
 
-def log_transfer(taken: str, frozen: str, init_from: str | None) -> None:
-    """Log which weights another run has given and which parameters do not learn."""
+def log_transfer(config: dict[str, Any], taken: str, frozen: str, apart: str) -> None:
+    """Log which weights another run has given, which parameters do not learn, and how images are prepared otherwise."""
+    begun = config["init_from"] or any(config["model"].get(name) for name in checkpoint.DOWNLOADS)
     if taken:
         log.info(f"weights  {taken}")
     if frozen:
-        log.info(f"frozen   {frozen}" + "; they stay as the model makes them, without init_from=" * (not init_from))
+        log.info(f"frozen   {frozen}" + "; they stay as the model makes them, without init_from=" * (not begun))
+    if apart:
+        log.info(f"images   {apart}")

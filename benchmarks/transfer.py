@@ -5,12 +5,14 @@ trained on images of Fashion-MNIST's first five classes. Its best.pt is what two
 with that learn the other five classes from 20 images each: the last layer alone (`freeze=backbone`), and the last layer
 first, then everything (`experiment=finetune`); the third begins at random and trains everything. All three see the same
 images, as often, with the same optimizer and shifts and flips. Every seed draws other images and other weights; the
-test is the same for all. Every way is a `python train.py -m seed=0,1,2,3,4 ...` that a user could type.
+test is the same for all. Every way is a `python train.py -m seed=0,1,2,3,4 ...` that a user could type. Two more are
+fine-tuning again, from the same weights in a file laid where torchvision's and timm's are looked for.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import statistics
@@ -29,8 +31,6 @@ from datasets import ImageData, fashion_mnist  # noqa: E402
 FEW = 20  # images of each class to learn from
 COMMON = [
     *(
-        "model=resnet18",
-        "model.small_images=false",
         "dataset=fashion_mnist",
         "precision=fp32",
         "optimizer=adamw",
@@ -40,12 +40,20 @@ COMMON = [
     "dataset.train_transforms=[RandomCrop: {size: 28, padding: 2}, RandomHorizontalFlip, "
     "Normalize: {mean: [0.2860], std: [0.3530]}]",
 ]
+OURS = ["model=resnet18", "model.small_images=false"]
 BEGUN = "init_from=checkpoints/first/best.pt"
 WAYS = {
-    "from scratch": [],
-    "frozen features": [BEGUN, "freeze=backbone"],
-    "fine-tuning": ["experiment=finetune", BEGUN],
+    "from scratch": OURS,
+    "frozen features": [*OURS, BEGUN, "freeze=backbone"],
+    "fine-tuning": ["experiment=finetune", *OURS, BEGUN],
+    "fine-tuning by torchvision": [
+        *("experiment=finetune", "model=torchvision", "model.name=resnet18", "model.weights=DEFAULT"),
+    ],
 }
+if importlib.util.find_spec("timm"):
+    WAYS["fine-tuning by timm"] = [
+        *("experiment=finetune", "model=timm", "model.name=resnet18.a1_in1k", "model.pretrained=true"),
+    ]
 
 
 def some(classes: range, train: int, test: int, seed: int) -> ImageData:
@@ -75,11 +83,28 @@ def other_five(root: str, draw: int, test: int) -> ImageData:
 
 def run(folder: Path, name: str, *words: str) -> list[float]:
     """Test accuracies of a run, or of those of a sweep, in a folder."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "benchmarks")}
+    paths = os.pathsep.join(filter(None, (str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "PYTHONPATH": paths, "HF_HUB_CACHE": "hub", "TORCH_HOME": "torch"}
     command = [sys.executable, str(ROOT / "train.py"), f"name={name}", *COMMON, *words]
     subprocess.run(command, cwd=folder, env=environment, check=True)
     summaries = (folder / "checkpoints" / name).glob("**/summary.json")
     return [json.loads(file.read_text())["test_accuracy"] for file in summaries]
+
+
+def lay(folder: Path) -> None:
+    """Put the weights of the first run where the caches of torch and of the hub have theirs, as of colour images."""
+    best = torch.load(folder / "checkpoints/first/best.pt", weights_only=True)["model"]
+    state = {name.removeprefix("resnet."): tensor for name, tensor in best.items()}
+    state["conv1.weight"] = (state["conv1.weight"] / 3).repeat(1, 3, 1, 1)
+    cache = folder / "torch/hub/checkpoints"
+    cache.mkdir(parents=True)
+    torch.save(state, cache / "resnet18-f37072fd.pth")
+    if "fine-tuning by timm" in WAYS:
+        from safetensors.torch import save_file
+
+        cache = folder / "hub/models--timm--resnet18.a1_in1k/snapshots/main"
+        cache.mkdir(parents=True)
+        save_file(state, cache / "model.safetensors")
 
 
 def main() -> None:
@@ -96,9 +121,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         first = run(
-            *(folder, "first", "dataset._target_=transfer.first_five", f"+dataset.train={asked.images}"),
+            *(folder, "first", *OURS, "dataset._target_=transfer.first_five", f"+dataset.train={asked.images}"),
             *(f"+dataset.test={asked.test}", f"epochs={asked.first_epochs}"),
         )
+        lay(folder)
         seeds = ",".join(map(str, range(asked.seeds)))
         few = ["dataset._target_=transfer.other_five", "+dataset.draw=${seed}", f"+dataset.test={asked.test}"]
         few += ["batch_size=20", f"epochs={asked.epochs}"]

@@ -10,6 +10,8 @@ from typing import Any
 
 from engine.errors import RequestError, RunError, cause, did_you_mean, one_line, shortened
 
+EXTRAS = ("timm",)  # modules that an extra of the same name installs
+
 
 def locate(target: str, option: str) -> Any:
     """The class or function that a dotted name in a YAML means.
@@ -25,7 +27,10 @@ def locate(target: str, option: str) -> Any:
         except ModuleNotFoundError as error:
             if error.name and (module_name == error.name or module_name.startswith(error.name + ".")):
                 continue
-            raise RequestError(f"{option}={target}: its module needs {error.name!r}, which is not installed") from None
+            way_out = f": pip install '.[{error.name}]'" if error.name in EXTRAS else ""
+            raise RequestError(
+                f"{option}={target}: its module needs {error.name!r}, which is not installed{way_out}"
+            ) from None
         except Exception as error:
             raise RequestError(f"{option}={target}: {module_name} cannot be imported: {cause(error)}") from error
         for part in parts[cut:]:
@@ -42,7 +47,7 @@ def locate(target: str, option: str) -> Any:
 # What the program hands to what it builds: so many arguments by position, and those of these names that it takes.
 GIVEN: dict[str, tuple[int, tuple[str, ...]]] = {
     "dataset": (0, ()),
-    "model": (0, ("input_shape", "num_classes")),
+    "model": (0, ("input_shape", "num_classes", "read_weights")),
     "criterion": (0, ("class_counts",)),
     "optimizer": (1, ()),
     "scheduler": (1, ("total_steps", "steps_per_epoch")),

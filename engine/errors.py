@@ -80,7 +80,7 @@ def cause(error: BaseException, named: bool = False) -> str:
         named: whether its type is told even where the text says enough without it.
     """
     common = type(error) in (TypeError, ValueError, RuntimeError, UserWarning, SyntaxError)
-    said = one_line(error, 200) if common and not named else f"{type(error).__name__}: {one_line(error, 200)}"
+    said = one_line(error, 400) if common and not named else f"{type(error).__name__}: {one_line(error, 200)}"
     if isinstance(error, SyntaxError):
         return said  # its text has the place
     frames = traceback.extract_tb(error.__traceback__)

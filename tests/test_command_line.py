@@ -23,7 +23,7 @@ from engine.command.help import setting_rows
 from engine.command.typed import as_meant
 from engine.config import Setting, group_options
 
-MODELS = "cnn, fastnet, mlp, resnet18, resnet34, resnet50, vit"
+MODELS = "cnn, fastnet, mlp, resnet18, resnet34, resnet50, timm, torchvision, vit"
 WRONG_REQUESTS = [  # what is typed, what the answer has to hold
     # Unknown options and settings, with the nearest valid ones.
     ("model=mpl", f"model=mpl: no such model (did you mean mlp?); there is {MODELS}"),

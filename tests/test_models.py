@@ -31,7 +31,7 @@ SHAPES = {  # of the datasets' images; classes
     "a larger odd size": ((3, 33, 31), 4),
 }
 REFUSED = {("vit", "a larger odd size"): "no patch_size from 2 to 4 divides images of 33x31 pixels"}
-MODELS = group_options()["model"]
+MODELS = [name for name in group_options()["model"] if name not in ("torchvision", "timm")]  # those that are ours
 LARGE = {"resnet34", "resnet50"}  # seconds for what ResNet-18 shows too
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import Call
 from test_datasets import cifar_folder
+from test_models import LARGE, MODELS
 from test_tutorial import write_fashion_mnist
 
 from engine.config import group_options
@@ -132,12 +133,7 @@ def test_every_recipe_trains(call: Call, tmp_path: Path, recipe: str) -> None:
     assert call("evaluate", "tta=flip", "num_threads=1").code == 0
 
 
-LARGE = {"resnet34", "resnet50"}  # seconds for what ResNet-18 shows too
-
-
-@pytest.mark.parametrize(
-    "model", [pytest.param(m, marks=[pytest.mark.slow] * (m in LARGE)) for m in group_options()["model"]]
-)
+@pytest.mark.parametrize("model", [pytest.param(m, marks=[pytest.mark.slow] * (m in LARGE)) for m in MODELS])
 def test_debug_fast_takes_one_batch_of_each_phase(call: Call, tmp_path: Path, model: str) -> None:
     answer = call("train", "debug=fast", f"model={model}", "name=fast")
     assert answer.code == 0, answer.err

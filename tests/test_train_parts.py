@@ -201,7 +201,7 @@ def test_a_summary_by_hand() -> None:
 def described(said: list[str], splits: dict[str, Split], name: str = "cpu", **settings: Any) -> list[str]:
     said.clear()
     trained_with, directory = settings.pop("trained_with", None), Path("checkpoints/run")
-    config, device = config_of(**{"dataset": {"val_fraction": 0.1}, **settings}), torch.device(name)
+    config, device = config_of(**{"dataset": {"val_fraction": 0.1}, "model": {}, **settings}), torch.device(name)
     precision = {"auto": "bf16"}.get(config["precision"], config["precision"])
     model = nn.Linear(1000, 3)
     optimizer = build_optimizer(config["optimizer"], model, config["decay_norms"])
@@ -230,6 +230,8 @@ def test_what_is_about_to_be_trained(said: list[str], monkeypatch: pytest.Monkey
         assert described(said, whole, **{technique: 0.5}) == [*common, parameters, mixed]
     loss = "loss     MSELoss in training, plain cross-entropy in validation and test"
     assert described(said, whole, trained_with="MSELoss") == [*common, parameters, loss]
+    named = described(said, whole, model={"name": "resnet50"})[0]
+    assert named == "model    mlp resnet50, 3,003 parameters"
     slow = "deterministic=true: PyTorch's deterministic algorithms only, which can be several times slower on a GPU"
     assert described(said, whole, deterministic=True) == [*common, slow, parameters]
     none = splits_of(train=1200, test=7)

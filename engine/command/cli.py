@@ -228,6 +228,8 @@ def _checked(config: DictConfig) -> dict[str, Any]:
     plain = resume.adopt(plain, overrides, directories) if plain.get("resume") else plain
     if entry == "train":
         check_frozen(plain)
+    elif (plain.get("dataset") or {}).get("match_model"):
+        raise RequestError("dataset.match_model=true: for train.py; what it sets is kept in checkpoints")
     if plain["choices"].get("dataset"):  # else the checkpoint has the other settings of its data set
         build.check_folds(plain["dataset"].get("folds"), plain["dataset"].get("fold"))
     return plain

@@ -1,4 +1,4 @@
-"""Fetching a data set that is not there, with torchvision."""
+"""Fetching what is not there: a data set, with torchvision."""
 
 from __future__ import annotations
 
@@ -43,12 +43,8 @@ def download(name: str, root: str, layout: str) -> None:
     fetch: Callable[..., Any] = getattr(torchvision_datasets, name)
     tried = ", ".join(getattr(fetch, "mirrors", None) or [getattr(fetch, "url", "its host")])
     print(f"{name} is not in {root!r}: downloading it from {tried}", flush=True)
-    made = [folder for folder in (Path(root), *Path(root).parents) if not folder.exists()]
-    patience = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(30)  # seconds without an answer; the default is to wait for ever
     try:
-        Path(root).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=root, prefix=".download-") as arriving:
+        with arrives_in(Path(root)), tempfile.TemporaryDirectory(dir=root, prefix=".download-") as arriving:
             fetch(arriving, download=True)
             shutil.copytree(arriving, root, dirs_exist_ok=True, copy_function=os.replace)
     except (OSError, RuntimeError) as error:
@@ -57,8 +53,22 @@ def download(name: str, root: str, layout: str) -> None:
             f"{name} is not there and cannot be downloaded (tried {tried}: {cause}); "
             f"put the files into {layout}, set dataset.root, or take dataset=digits, which needs nothing"
         ) from None
+
+
+@contextmanager
+def arrives_in(folder: Path) -> Iterator[None]:
+    """Within it there is a folder for what is fetched, and no answer is waited for longer than half a minute.
+
+    Folders that were made for it are removed where nothing came.
+    """
+    made = [missing for missing in (folder, *folder.parents) if not missing.exists()]
+    patience = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(30)  # seconds; the default is to wait for ever
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
     finally:
         socket.setdefaulttimeout(patience)
-        for folder in made:
-            with suppress(OSError):  # not empty: the data is there
-                folder.rmdir()
+        for one in made:
+            with suppress(OSError):  # not empty: what was fetched is there
+                one.rmdir()

@@ -23,7 +23,7 @@ from engine.errors import RequestError, counted, printable, shortened
 # Settings of every dataset, and those of file datasets, that are used here and not by the dataset's function.
 COMMON = (
     "val_fraction", "folds", "fold", "limit", "balance", "train_transforms", "eval_transforms", "target_transform",
-    "steps_per_epoch",
+    "steps_per_epoch", "match_model",
 )  # fmt: skip
 OF_FILES = ("skip_unreadable", "cache", "cache_dir")
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 import io
 import json
 import math
+import pickle
 import re
 import signal
 import threading
+import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -21,6 +23,7 @@ from typing import Any
 import torch
 import yaml
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from engine import files
 from engine.build import build
@@ -49,8 +52,10 @@ def write(path: Path, checkpoint: dict[str, Any], keep: Path | None = None) -> N
     files.write(path, content.getbuffer(), keep=keep, sync=True)
 
 
-def read(path: Path) -> dict[str, Any]:
+def read(path: Path, *, also_old: bool = False) -> dict[str, Any]:
     """Read a checkpoint, or a bare state_dict, as data: nothing in the file is executed.
+
+    `also_old` takes files of before torch 1.6 too, which are no archives and which most of torchvision's weights are.
 
     A bare state_dict comes back as `{"model": state_dict}`, and so does a `.safetensors` file without the metadata that
     `as_metadata` makes. The prefixes `module.` and `_orig_mod.`, which DistributedDataParallel and torch.compile put
@@ -64,7 +69,10 @@ def read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise RequestError(f"{path}: no such checkpoint")
     try:
-        found = _of_tensors(path) if path.suffix == ".safetensors" else archive.load(path)
+        if also_old and path.suffix != ".safetensors" and not zipfile.is_zipfile(path):
+            found = _load_old(path)
+        else:
+            found = _of_tensors(path) if path.suffix == ".safetensors" else archive.load(path)
         if not isinstance(found, dict):
             raise ValueError(f"it holds {type(found).__name__}; expected a checkpoint or a state_dict")
         if "format" not in found:
@@ -77,6 +85,14 @@ def read(path: Path) -> dict[str, Any]:
         ) from None
     found["model"] = {strip_prefixes(name): tensor for name, tensor in found["model"].items()}
     return found
+
+
+def _load_old(path: Path) -> Any:
+    """What torch.save wrote before it made archives; torch itself reads that as data."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(str(error)) from None
 
 
 # What a checkpoint holds besides its weights, under its name in the metadata of a `.safetensors` file, where others
@@ -149,7 +165,7 @@ def build_model(checkpoint: dict[str, Any], path: Path) -> nn.Module:
     sizes = {"input_shape": tuple(checkpoint["input_shape"]), "num_classes": len(checkpoint["classes"])}
     construct = partial(build, settings, f"{path}: model", target=target, **sizes)
 
-    with torch.device("meta"), _patience(FIRST_SECONDS + 0.02 * len(state), path):  # sizes without memory
+    with torch.device("meta"), Numbers(), _patience(FIRST_SECONDS + 0.02 * len(state), path):  # sizes without memory
         draft = construct()
     check_fit(draft, state, path)
     if sum(b.numel() for b in draft.buffers()) > 2 * sum(t.numel() for t in state.values()) + MOST_PIXELS:
@@ -157,6 +173,16 @@ def build_model(checkpoint: dict[str, Any], path: Path) -> nn.Module:
     model = construct()
     load_weights(model, state, path)
     return model
+
+
+class Numbers(TorchFunctionMode):
+    """On the meta device a model's constructor can still compute with numbers, as RegNet's does for its widths."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function in (torch.arange, torch.linspace, torch.tensor) and kwargs.get("device") is None:
+            kwargs = {**kwargs, "device": "cpu"}
+        return function(*args, **kwargs)
 
 
 def is_ours(checkpoint: dict[str, Any]) -> bool:

@@ -8,6 +8,7 @@ A file is data. What it names is looked up in what is here, and nowhere else:
     a value                held against the YAML here as if it were typed, and taken if it is a number, true, false,
                            null, one of the texts that the YAML lists, or (but for a data set) a plain word
     transforms             lists of names and plain arguments; `engine.data.transforms.parse_transforms` knows the names
+    a model's name         `model.name` may be two words and a dot, as timm's are: looked up in a library's list
     patterns               any text in `freeze` and `lr_scale`: they are compared with the names of parameters, no more
 
 Everything else -- paths, addresses, names to import, where a tracker sends to -- comes from the command line or from
@@ -57,6 +58,7 @@ from engine.errors import RequestError, one_line, printable, shortened
 NEVER = ("logger", "device", "num_workers", "num_threads", "dataset.cache", "init_from")
 LISTS_OF_TEXT = ("dataset.train_transforms", "dataset.eval_transforms", "dataset.classes", "freeze", "lr_scale")
 WORD = re.compile(r"[\w+ -]{1,64}(\.\d[\w+-]{0,16})*")  # no path, no address and no name that could be imported
+NAME = re.compile(r"\w{1,100}(\.\w{1,100})?")
 MOST_ITEMS = 1000  # of a list, and of all lists within it
 MOST = 1_000_000  # a number of layers, neurons or pixels
 MOST_BATCH = 1 << 24  # numbers of a batch of images; 64 MB as floats, and many times that within a model
@@ -300,6 +302,8 @@ def is_data(setting: Setting, value: Any) -> bool:
         return _is_small(value, text=re.compile(r".{0,200}", re.DOTALL))
     if setting.rule.startswith("one of "):
         return True
+    if setting.name == "model.name" and isinstance(value, str):
+        return NAME.fullmatch(value) is not None
     return _is_small(value, text=None if setting.name.startswith("dataset.") or "." not in setting.name else WORD)
 
 

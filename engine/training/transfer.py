@@ -35,11 +35,11 @@ def take_weights(model: nn.Module, path: Path, classes: Sequence[str]) -> str:
     Raises:
         RequestError: there is no such file, it is no checkpoint, no parameter is in it, or numbers are not finite.
     """
-    found = checkpoint.read(path)
+    found = checkpoint.read(path, also_old=True)
     there, parameters = found["model"], dict(model.named_parameters())
     here = {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
     last = _last_layer(model)
-    of_last = {name for name in here if name.startswith(f"{last}.")}
+    of_last = {name for name in here if not last.isdisjoint(_within(name))}
     others = found.get("classes", list(classes)) != list(classes)
     taken, left = {}, {}
     for name, tensor in here.items():
@@ -163,7 +163,7 @@ def named_by(pattern: str, model: nn.Module, setting: str) -> set[Tensor]:
     found = {tensor for name, tensor in tensors.items() if any(fnmatchcase(part, pattern) for part in _within(name))}
     if not found and pattern == BACKBONE:
         last = _last_layer(model)
-        found = {tensor for name, tensor in tensors.items() if last not in _within(name)}
+        found = {tensor for name, tensor in tensors.items() if last.isdisjoint(_within(name))}
     if not any(isinstance(tensor, nn.Parameter) for tensor in found):
         names = list(dict.fromkeys(part for name, _ in model.named_parameters() for part in _within(name)))
         near = did_you_mean(pattern.strip("*."), names)
@@ -179,11 +179,14 @@ def _within(name: str) -> list[str]:
     return list(accumulate(name.split("."), "{}.{}".format))
 
 
-def _last_layer(model: nn.Module) -> str:
-    """The name of the last module that has parameters of its own: where a model ends in them, that of the logits."""
-    return [name for name, module in model.named_modules() if next(module.parameters(recurse=False), None) is not None][
-        -1
-    ]
+def _last_layer(model: nn.Module) -> set[str]:
+    """The names of the modules that make the logits: the last with parameters of its own, or the model's `last_layers`.
+
+    That is a tuple of names, which a model may have where several modules make its logits, or not the last one.
+    """
+    named = getattr(model, "last_layers", ())
+    own = [name for name, module in model.named_modules() if next(module.parameters(recurse=False), None) is not None]
+    return (set(named) if isinstance(named, tuple) else set()) or {own[-1]}
 
 
 def _is_within(module: nn.Module, chosen: set[Tensor]) -> bool:
