@@ -291,8 +291,8 @@ def describe(
     """Log what is about to be trained, on what and where."""
     choices, sizes = config["choices"], ", ".join(f"{len(split):,} {name}" for name, split in splits.items())
     shape, num_classes = "x".join(map(str, input_shape)), splits["train"].num_classes
-    named = " ".join(filter(None, (choices["model"], config["model"].get("name"))))
-    log.info(f"model    {named}, {sum(p.numel() for p in model.parameters()):,} parameters")
+    named = f" {config['model']['name']}" if config["model"].get("name") else ""  # of a library's
+    log.info(f"model    {choices['model']}{named}, {sum(p.numel() for p in model.parameters()):,} parameters")
     if said := shares(optimizer):
         log.info(f"updates  {said}")
     log.info(f"data     {choices['dataset']}, {sizes}, images {shape}, {num_classes} classes")

@@ -56,10 +56,10 @@ def classifier(
         patch = getattr(getattr(model, "patch_embed", None), "patch_size", None) or (1, 1)
         assert height % patch[0] == width % patch[1] == 0, f"its patches have {patch[0]}x{patch[1]}"
     except Exception as error:  # whatever a model's constructor, or what fits weights to it, is stopped by
-        what = f"the weights are no {name}" if begins else f"{name} takes no images of {height}x{width} pixels"
+        what = f"the weights do not fit {name} for" if begins else f"{name} does not take"
         raise ValueError(
-            f"{what} ({' '.join(str(error).split())[:160]}); it was made for Resize: {{size: "
-            f"{list(known.input_size[1:])}}} in dataset.train_transforms and eval_transforms"
+            f"{what} images of {height}x{width} pixels ({' '.join(str(error).split())[:160]}); it was made for Resize: "
+            f"{{size: {list(known.input_size[1:])}}} in dataset.train_transforms and eval_transforms"
         ) from None
     if begins:
         model.pretrained_cfg.pop("state_dict")  # a second copy of all weights

@@ -130,8 +130,8 @@ def test_what_does_not_fit_is_told(timm: Any, tmp_path: Path) -> None:
         ("resnet18.a1_in2k", 32, {}, "no such model; near are resnet18.a1_in1k"),
         ("hf-hub:timm/resnet18.a1_in1k", 32, {}, "timm has no such model"),
         ("local-dir:/tmp", 32, {}, "timm has no such model"),
-        ("vit_tiny_patch16_224", 28, {}, r"takes no images of 28x28 pixels .*size: \[224, 224\]"),
-        ("test_resnet", 32, {"weights": file}, "the weights are no test_resnet"),
+        ("vit_tiny_patch16_224", 28, {}, r"does not take images of 28x28 pixels .*size: \[224, 224\]"),
+        ("test_resnet", 32, {"weights": file}, "the weights do not fit test_resnet for images of 32x32"),
         ("test_resnet", 32, {"weights": file, "pretrained": True}, "choose one"),
         ("test_resnet", 32, {"weights": "DEFAULT"}, "expected a file ending in"),
     ):

@@ -312,6 +312,7 @@ def test_a_checkpoint_makes_nobody_read_its_weights_file(
     checkpoint.build_model(saved, tmp_path / "stranger.pt")  # imports what it needs
     events.clear()
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "none"))  # where the key would be read
     watching = True
     try:
         found = checkpoint.build_model(saved, tmp_path / "stranger.pt")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import pickle
 import re
 import signal
 import threading
@@ -91,8 +90,10 @@ def _load_old(path: Path) -> Any:
     """What torch.save wrote before it made archives; torch itself reads that as data."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(str(error)) from None
+    except OSError:
+        raise
+    except Exception:  # a damaged file raises anything, and what torch says of others is how to run their code
+        raise ValueError("it is neither an archive of torch.save nor what that wrote before, tensors by name") from None
 
 
 # What a checkpoint holds besides its weights, under its name in the metadata of a `.safetensors` file, where others

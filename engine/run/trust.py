@@ -302,8 +302,8 @@ def is_data(setting: Setting, value: Any) -> bool:
         return _is_small(value, text=re.compile(r".{0,200}", re.DOTALL))
     if setting.rule.startswith("one of "):
         return True
-    if setting.name == "model.name" and isinstance(value, str):
-        return NAME.fullmatch(value) is not None
+    if setting.name == "model.name" and isinstance(value, str) and NAME.fullmatch(value):
+        return True
     return _is_small(value, text=None if setting.name.startswith("dataset.") or "." not in setting.name else WORD)
 
 

@@ -130,7 +130,7 @@ def fitted(listed: Sequence[Any], expected: Sequence[Any], name: str) -> list[An
         if name == "Normalize":
             result += normal
         elif name in CROPS:
-            result.append({name: {**arguments, "size": _size(expected)}})
+            result.append({name: {**arguments, "size": _size(expected) or arguments.get("size")}})
         elif name not in ("Resize", "CenterCrop"):
             result.append(entry)
     return result
