@@ -239,11 +239,12 @@ def test_names_in_capitals_and_folders_below_count_and_other_files_are_told(tmp_
     make_folder(tmp_path)
     (tmp_path / "cat" / "more").mkdir()
     (tmp_path / "cat" / "0.png").rename(tmp_path / "cat" / "more" / "A.PNG")
-    (tmp_path / "cat" / "notes.txt").write_text("none")
-    (tmp_path / "cat" / ".DS_Store").write_text("none")
+    (tmp_path / "cat" / "papers").mkdir()
+    for name in ("notes.txt", ".DS_Store", "papers/a.txt", "papers/b.txt"):
+        (tmp_path / "cat" / name).write_text("none")
     data = image_folder(str(tmp_path), **FOLDER)
     assert len(data.train) + len(data.test) == 16
-    assert "1 file is no image" in (told := capsys.readouterr().out) and "notes.txt" in told
+    assert "3 files are no images" in (told := capsys.readouterr().out) and "notes.txt" in told
 
 
 @pytest.mark.parametrize(
