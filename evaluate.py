@@ -9,6 +9,7 @@ import csv
 import io
 import math
 import os
+import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,7 +87,7 @@ def evaluate_one(path: Path, config: dict[str, Any], device: torch.device) -> fl
     print(f"accuracy {figures['accuracy']:.2%}, loss {found.loss:.4f}")
     print(further(figures, found.samples, len(subject.classes)))
     if "config" not in saved:  # whose training's script most likely averages so
-        plain = float(torch.stack(found.batch_losses).double().mean())
+        plain = statistics.fmean(torch.stack(found.batch_losses).tolist())  # MPS has no float64
         of = f"{len(found.batch_losses)} of {config['batch_size']}, a shorter last one counting as much as the others"
         print(f"loss {plain:.6f} as the average of batches, {of}")
     rows = per_class(found.confusion, subject.classes)

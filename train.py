@@ -177,8 +177,8 @@ def prepare_device(name: str, deterministic: bool, num_threads: int | None) -> t
             f"started as {os.environ['WORLD_SIZE']} processes; a run is one process, start it without torchrun"
         )
     device = choose_device(name)
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS wants it before its first use
+    if device.type == "cuda":  # cuBLAS asks for it once, and a later run of this process may be deterministic
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if deterministic != torch.are_deterministic_algorithms_enabled():  # to set it imports the compiler
         torch.use_deterministic_algorithms(deterministic)
     use_threads(num_threads)

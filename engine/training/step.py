@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from copy import deepcopy
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from engine.errors import RequestError, counted
 from engine.terminal import log
@@ -51,11 +52,14 @@ class Step:
         self.frozen = frozen or Frozen(model, None)
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self.skipped = 0  # steps of the epoch whose gradients were no finite numbers, which only fp16 passes over
+        self.moved = True  # whether the optimizer made the last step; to ask the scale would wait for the device
+        if self.scaler.is_enabled():
+            optimizer.register_step_post_hook(lambda *_: setattr(self, "moved", True))
         # Averages of the weights (Polyak and Juditsky, 1992), batch norm's statistics as they are.
-        average = None if ema_decay is None else AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema_decay))
-        self.average = average
+        self.average = None if ema_decay is None else get_ema_multi_avg_fn(ema_decay)
+        self.averaged = 0  # steps in the averages
         #: What is evaluated and kept in checkpoints: the averaged weights, or the model itself.
-        self.evaluated: nn.Module = average.module if average else model
+        self.evaluated: nn.Module = deepcopy(model) if self.average else model
 
     def compile(self) -> None:
         """Compile the forward pass of training and of evaluation in place, so that parameters keep their names.
@@ -108,16 +112,28 @@ class Step:
         if self.clip:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
-        scale = self.scaler.get_scale()
+        self.moved = not self.scaler.is_enabled()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
-        if self.scaler.get_scale() < scale:
+        if not self.moved:
             self.skipped += 1
             return
         self.schedule.step()
         if self.average:
-            self.average.update_parameters(self.model)
+            self._average(self.average)
+
+    @torch.no_grad()
+    def _average(self, average: Callable[..., None]) -> None:
+        """What torch's AveragedModel does, but that copies its count to the device each time, and waits for it."""
+        averages, parameters = [*self.evaluated.parameters()], [*self.model.parameters()]
+        if self.averaged:
+            average(averages, parameters, None)
+        else:
+            torch._foreach_copy_(averages, parameters)
+        for kept, buffer in zip(self.evaluated.buffers(), self.model.buffers(), strict=True):
+            kept.copy_(buffer)
+        self.averaged += 1
 
     def tell_skipped(self) -> None:
         """Say how many steps of the epoch were passed over, and count anew."""
@@ -130,7 +146,7 @@ class Step:
         """What the optimizer, the schedule and the evaluated weights, which are parts of their own, leave out."""
         state: dict[str, Any] = {"skipped": self.skipped, "scaler": self.scaler.state_dict()}
         if self.average:
-            state |= {"weights": self.model.state_dict(), "averaged": int(self.average.n_averaged)}
+            state |= {"weights": self.model.state_dict(), "averaged": self.averaged}
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -140,8 +156,7 @@ class Step:
             self.scaler.load_state_dict(state["scaler"])
         if "weights" in state or self.average:
             self.model.load_state_dict(state.get("weights") or self.evaluated.state_dict())
-        if self.average:
-            self.average.n_averaged.fill_(state.get("averaged", 0))
+        self.averaged = state.get("averaged", 0)
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[None]:
