@@ -109,7 +109,7 @@ def data() -> list[str]:
     """The words of a command that choose data of the size that suits the device."""
     if not has_fashion_mnist():
         return ["dataset=digits"]
-    return ["dataset=fashion_mnist", f"dataset.root={ROOT / 'data'}", *([] if on_gpu() else ["dataset.limit=2000"])]
+    return ["dataset=fashion_mnist", f"dataset.root={ROOT / 'data'}", *([] if on_gpu() else ["dataset.limit=1000"])]
 
 
 @functools.cache
@@ -135,7 +135,7 @@ def rate(run: Path) -> float:
 
 def noise(accuracy: float) -> float:
     """Three standard deviations of the difference of two accuracies on the test set that `data` has, both this one."""
-    samples = (10_000 if on_gpu() else 2_000) if has_fashion_mnist() else 355
+    samples = (10_000 if on_gpu() else 1_000) if has_fashion_mnist() else 355
     return 3 * math.sqrt(2 * max(accuracy * (1 - accuracy), 0.01) / samples)
 
 
@@ -314,7 +314,7 @@ def differing(found: list[list[int]], expected: list[list[int]]) -> int:
 
 def speed(section: str) -> str:
     """The program's loop beside a bare one on a fixed batch."""
-    setup = Setup(*SECTIONS[section], None if on_gpu() else 4000, str(DEVICE))
+    setup = Setup(*SECTIONS[section], None if on_gpu() else 1000, str(DEVICE))
     seconds = take_turns({"bare": bare(setup), "project": this_project(setup)}, rounds=5 if on_gpu() else 1)
     ratio = statistics.median(a / b for a, b in zip(seconds["bare"], seconds["project"], strict=True))
     step = {name: statistics.median(times) / setup.steps * 1e6 for name, times in seconds.items()}
@@ -324,7 +324,7 @@ def speed(section: str) -> str:
 
 def where_time_goes(section: str) -> str:
     """Microseconds a step of the loop's parts, each put to those before it, and how long the device works of that."""
-    setup = Setup(*SECTIONS[section], None if on_gpu() else 4000, str(DEVICE))
+    setup = Setup(*SECTIONS[section], None if on_gpu() else 1000, str(DEVICE))
     config, model, criterion = setup.config, setup.model(), nn.CrossEntropyLoss()
     split = Split((setup.images, setup.labels), torch.arange(len(setup.labels)), 10)
     transforms = config["dataset"]["train_transforms"]
@@ -452,9 +452,9 @@ def killed_and_resumed() -> str:
 
 def memory() -> str:
     """Memory after each epoch of training and evaluation, which stays as it is from the second on."""
-    setup = Setup(*SECTIONS["cnn"], 20_000 if on_gpu() else 2_000, str(DEVICE))
+    setup = Setup(*SECTIONS["cnn"], 20_000 if on_gpu() else 1_000, str(DEVICE))
     epoch, model = this_project(setup), setup.model()
-    split = Split((setup.images, setup.labels), torch.arange(2_000), 10)
+    split = Split((setup.images, setup.labels), torch.arange(1_000), 10)
     batches = Batches(split, [], setup.device, batch_size=128)
     taken = []
     for _ in range(6):

@@ -126,7 +126,8 @@ class Step:
     @torch.no_grad()
     def _average(self, average: Callable[..., None]) -> None:
         """What torch's AveragedModel does, but that copies its count to the device each time, and waits for it."""
-        averages, parameters = [*self.evaluated.parameters()], [*self.model.parameters()]
+        averages: list[Tensor] = [*self.evaluated.parameters()]
+        parameters: list[Tensor] = [*self.model.parameters()]
         if self.averaged:
             average(averages, parameters, None)
         else:
