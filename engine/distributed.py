@@ -10,10 +10,9 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import cache
 from typing import Any, TypeVar
 
 from engine.errors import RequestError, RunError, one_line, shortened
@@ -84,11 +83,11 @@ def own_slice(count: int, rank: int, world_size: int) -> slice:
 # The group
 
 
-def start(backend: str, config: dict[str, Any]) -> None:
+def start(device: Any, config: dict[str, Any]) -> None:
     """Meet the other processes; all of them call this once, and then the functions below in the same order.
 
     Args:
-        backend: as `torch.distributed.init_process_group` takes it.
+        device: of this process.
         config: what this process was asked for; it has to be what the others were.
 
     Raises:
@@ -96,6 +95,7 @@ def start(backend: str, config: dict[str, Any]) -> None:
     """
     if world_size() == 1:
         return
+    import torch
     import torch.distributed as dist
 
     needed = ("RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -106,6 +106,10 @@ def start(backend: str, config: dict[str, Any]) -> None:
         )
     if rank() >= world_size():
         raise RequestError(f"the environment has RANK={rank()} and WORLD_SIZE={world_size()}; expected a smaller rank")
+    backend = "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"  # what is said between steps never waits for the GPU
     try:
         store = dist.PrefixStore(f"attempt{restarts()}", _store())
         dist.init_process_group(backend, store=store, rank=rank(), world_size=world_size(), timeout=LONGEST_WAIT)
@@ -147,6 +151,15 @@ def total(tensor: Any) -> Any:
 
         dist.all_reduce(tensor)
     return tensor
+
+
+def as_first(tensors: Iterable[Any]) -> None:
+    """Give tensors the values that they have in the first process."""
+    if world_size() > 1:
+        import torch.distributed as dist
+
+        for tensor in tensors:
+            dist.broadcast(tensor, src=0)
 
 
 def lowest(number: int) -> int:
@@ -232,7 +245,7 @@ def is_ours_to_tell(message: str, for_good: int | None = None) -> bool:
     if not is_launched():
         return True
     try:
-        store = _store()
+        store = _store(patience=10)
         if for_good is not None:
             store.set("ended", str(for_good))
         if store.add(f"failures{restarts()}", 1) > 1:
@@ -245,7 +258,12 @@ def is_ours_to_tell(message: str, for_good: int | None = None) -> bool:
 
 def ended() -> int | None:
     """The exit code with which the processes ended for good before torchrun started them anew, or None."""
-    found = recalled("ended") if restarts() else None
+    if not restarts():
+        return None
+    try:
+        found = recalled("ended")
+    except Exception:  # told when the processes are to meet
+        return None
     return None if found is None else int(found)
 
 
@@ -306,20 +324,30 @@ def _address() -> str:
     return f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
 
 
-@cache
-def _store() -> Any:
-    """The store of this launch; torchrun has it, or else the first process.
+_reached: list[Any] = []  # the store, once it was asked for; None where it was not to be had
+
+
+def _store(patience: float = 300) -> Any:
+    """The store of this launch, which torchrun has, or else the first process; asked for so many seconds.
 
     Raises:
         RequestError: its port is taken, or nobody is there.
     """
     from torch.distributed import DistNetworkError, TCPStore
 
-    host, port = os.environ["MASTER_ADDR"], _number("MASTER_PORT", 0)
-    own = is_first() and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    try:
-        return TCPStore(host, port, world_size(), is_master=own, wait_for_workers=False)
-    except DistNetworkError as error:
-        if own:
-            raise RequestError(f"MASTER_PORT={port}: in use by another program; choose another port") from None
-        raise RequestError(f"the first process is not to be reached at {_address()}: {one_line(error, 200)}") from None
+    if not _reached:
+        host, port = os.environ["MASTER_ADDR"], _number("MASTER_PORT", 0)
+        own = is_first() and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        wait = timedelta(seconds=patience)
+        _reached.append(None)
+        try:
+            _reached[0] = TCPStore(host, port, is_master=own, timeout=wait, wait_for_workers=False)
+        except DistNetworkError as error:
+            if own:
+                raise RequestError(f"MASTER_PORT={port}: another program uses it; choose another port") from None
+            raise RequestError(
+                f"the first process is not to be reached at {_address()}: {one_line(error, 200)}"
+            ) from None
+    if _reached[0] is None:
+        raise RequestError(f"there is nobody at {_address()}")
+    return _reached[0]

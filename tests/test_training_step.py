@@ -43,7 +43,7 @@ def take(step: Step, images: Tensor, labels: Tensor, criterion: nn.Module) -> fl
     for x, y, share in step.micro_batches(images, labels, criterion):
         loss = criterion(step.forward(x), y)
         step.backward(loss, share)
-        whole += float(loss.detach()) * float(share)
+        whole += float(loss.detach()) * float(share.gradient)
     step.update()
     return whole
 
