@@ -111,7 +111,7 @@ class Tally:
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint in the middle of an epoch keeps."""
         losses, sizes = self._counted()
-        return {"losses": total(losses.clone()), "sizes": sizes, "correct": int(total(self.correct.cpu()))}
+        return {"losses": total(losses.clone()), "sizes": sizes, "correct": int(total(self.correct.cpu().clone()))}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state_dict()`; of several processes the first one goes on with what all have counted."""

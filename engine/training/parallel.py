@@ -67,7 +67,7 @@ class _OwnPart(nn.Module):
 @contextmanager
 def _evaluating(model: nn.Module, but_for_synchronised: bool = False) -> Iterator[None]:
     """Evaluation mode; synchronised batch norms may still take part in the exchange, with no sample of their own."""
-    training = [module for module in model.modules() if module.training]
+    training: list[Any] = [module for module in model.modules() if module.training]
     exchanging = [module for module in training if but_for_synchronised and hasattr(module, "has_samples")]
     model.eval()
     for module in exchanging:
@@ -126,7 +126,7 @@ class _Normed(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, eps: float, has_samples: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Normed images, mean and biased variance `[channels]`, and how many numbers of a channel there were."""
         wide = x if x.dtype == torch.float64 else x.float()
-        ctx.dims, channels = [0, *range(2, x.ndim)], x.shape[1]
+        ctx.dims, ctx.has_samples, channels = [0, *range(2, x.ndim)], has_samples, x.shape[1]
         count = wide.new_full((1,), wide.numel() // channels if has_samples else 0)
         mean = wide.mean(ctx.dims)
         squares = (wide - _by_channel(mean, x)).square().sum(ctx.dims)
@@ -150,6 +150,8 @@ class _Normed(torch.autograd.Function):
         normed, scale, whole = ctx.saved_tensors
         sums = torch.stack([gradient.sum(ctx.dims), (gradient * normed).sum(ctx.dims)])
         by_mean, by_variance = total(sums) / whole
+        if not ctx.has_samples:  # mean and variance are none of the empty image's
+            return torch.zeros_like(normed), None, None
         own = gradient - _by_channel(by_mean, normed) - normed * _by_channel(by_variance, normed)
         return own * _by_channel(scale, normed), None, None
 
