@@ -41,7 +41,7 @@ import datasets
 from engine.data import devices
 from engine.data.batches import Batches
 from engine.data.splits import Split
-from engine.training.metrics import Tally, evaluate
+from engine.training.metrics import Share, Tally, evaluate
 from engine.training.step import Step, autocast
 from models.cnn import CNN
 from models.resnet import ResNet18
@@ -341,7 +341,7 @@ def where_time_goes(section: str) -> str:
                 logits = step.forward(images)
                 loss = criterion(logits, labels)
             if level > 1:
-                step.backward(loss)
+                step.backward(loss, Share(1.0, 1.0, len(labels)))
             if level > 2:
                 step.update()
             else:
@@ -382,7 +382,7 @@ def channels_last() -> str:
     schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
     step = Step(model, optimizer, schedule, DEVICE, batch_size=8, precision="bf16", ema_decay=0.9)
     for _ in range(2):
-        step.backward(step.forward(torch.rand(8, 3, 32, 32, device=DEVICE)).sum())
+        step.backward(step.forward(torch.rand(8, 3, 32, 32, device=DEVICE)).sum(), Share(1.0, 1.0, 8))
         step.update()
     filters = [p for module in (model, step.evaluated) for p in module.parameters() if p.ndim == 4]
     kept = all(p.is_contiguous(memory_format=torch.channels_last) for p in filters)

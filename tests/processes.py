@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import pickle
+import socket
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 _context = multiprocessing.get_context("forkserver")
@@ -92,3 +95,60 @@ def _main(
     if before:
         before(argument)
     launch(entry)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several processes that work together
+
+
+def free_port() -> int:
+    """A port that nobody uses at the moment."""
+    with socket.socket() as opened:
+        opened.bind(("127.0.0.1", 0))
+        return int(opened.getsockname()[1])
+
+
+def group(count: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """What `work(*arguments)` returns in each of so many processes, which are told of each other as torchrun does.
+
+    `work` is found by its name in the module of a test, and what it returns is pickled.
+    """
+    port, results = free_port(), _context.SimpleQueue()
+    members = [
+        _context.Process(target=_member, args=(rank, count, port, results, work, arguments)) for rank in range(count)
+    ]
+    for member in members:
+        member.start()
+    found: dict[int, Any] = {}
+    while len(found) < count:
+        rank, pickled = results.get()
+        result = pickle.loads(pickled)
+        if isinstance(result, BaseException):
+            for member in members:
+                member.kill()
+            raise result
+        found[rank] = result
+    for member in members:
+        member.join(30)
+    return [found[rank] for rank in range(count)]
+
+
+def _member(rank: int, count: int, port: int, results: Any, work: Callable[..., Any], arguments: Any) -> None:
+    os.environ |= environment(rank, count, port)
+    import torch
+
+    from engine import distributed
+
+    try:
+        distributed.start(torch.device("cpu"), {})
+        result = work(*arguments)
+        distributed.finish()
+    except BaseException as error:
+        result = error
+    results.put((rank, pickle.dumps(result)))  # as it is: tensors would be sent as memory that ends with the process
+
+
+def environment(rank: int, count: int, port: int) -> dict[str, str]:
+    """What torchrun tells one of its processes."""
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": port}
+    return {"MASTER_ADDR": "127.0.0.1", **{name: str(number) for name, number in numbers.items()}}

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.errors import RequestError
 from engine.training.losses import cross_entropy
-from engine.training.metrics import Tally, evaluate
+from engine.training.metrics import Share, Tally, evaluate
 from engine.training.optimizers import Muon
 from engine.training.schedules import cosine
 from engine.training.step import Step, choose_precision, has_bf16
@@ -53,7 +53,7 @@ def take(step: Step, images: Tensor, labels: Tensor, criterion: nn.Module) -> fl
     for x, y, share in step.micro_batches(images, labels, criterion):
         loss = criterion(step.forward(x), y)
         step.backward(loss, share)
-        whole += float(loss.detach()) * float(share)
+        whole += float(loss.detach()) * float(share.gradient)
     step.update()
     return whole
 
@@ -351,7 +351,7 @@ def test_a_step_waits_for_no_device(how: str, optimizer: str) -> None:
                 logits = step.forward(x)
                 loss = criterion(logits, y)
                 step.backward(loss, share)
-                tally.add(loss, logits, y)
+                tally.add(loss, logits, y, share)
             step.update()
     assert (watched.copied, watched.double) == (0, 0)
 
@@ -362,7 +362,7 @@ def test_half_precision_waits_only_for_its_scaler() -> None:
     take(step, *samples(8), nn.CrossEntropyLoss())
     loss = nn.functional.cross_entropy(step.forward(samples(8)[0]), samples(8)[1])
     with Watched() as watched:
-        step.backward(loss)
+        step.backward(loss, Share(1.0, 1.0, 8))
         step.update()
     assert watched.fetched == 1
 

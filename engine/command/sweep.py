@@ -43,6 +43,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from engine import files, terminal
 from engine.config import ROOT
+from engine.distributed import is_launched
 from engine.errors import Interrupted, RequestError, RunError, counted, interrupt_behind, one_line, printable
 from engine.run import compare, runs, trust
 
@@ -102,6 +103,10 @@ def start(config: DictConfig, check: Callable[[DictConfig], Any]) -> None:
         RequestError: a job's configuration is wrong, an extra is missing, the name is taken; nothing was made.
     """
     global started
+    if is_launched():
+        raise RequestError(
+            "torchrun starts the processes of one run, a sweep (-m, hparams_search=) starts runs; leave one of them out"
+        )
     _check_installed(config)
     given = [str(text) for text in config.hydra.overrides.task]
     parameters = config.hydra.sweeper.get("params") or {}

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from engine.distributed import gathered, rank
 from engine.terminal import log
 
 
@@ -106,3 +107,18 @@ class RandomStates:
         told = ((absent, "not in this machine"), (new, "not saved"))
         if said := [f"{', '.join(names)}, {why}" for names, why in told if names]:
             log.info(f"warning  random states not restored: those of {', and of '.join(said)}; dropout may differ")
+
+
+class EveryRandomStates(RandomStates):
+    """Those of all processes, which have dropout of their own; state and loading are for all of them together."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The first process's states, and with them the others'."""
+        first, *others = gathered(super().state_dict())
+        return first | ({"others": others} if others else {})
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state_dict()`, as far as there were so many processes."""
+        states = [state, *state.get("others", [])]
+        if rank() < len(states):
+            super().load_state_dict(states[rank()])
