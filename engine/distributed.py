@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from itertools import zip_longest
 from typing import Any, TypeVar
 
 from engine.errors import RequestError, RunError, one_line, shortened
@@ -77,6 +78,11 @@ def own_slice(count: int, rank: int, world_size: int) -> slice:
     They differ by one at most, and are empty for some where there are fewer things than processes.
     """
     return slice(count * rank // world_size, count * (rank + 1) // world_size)
+
+
+def every_own() -> slice:
+    """Which of things in a row are this process's where each takes every so many-th."""
+    return slice(rank(), None, world_size())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -181,6 +187,13 @@ def gathered(value: T) -> list[T]:
     values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def in_turn(items: list[T]) -> list[T]:
+    """What each process has made of every so many-th thing, from the one of its rank on, in the order of the things."""
+    missing = object()
+    rows = zip_longest(*gathered(items), fillvalue=missing)
+    return [item for row in rows for item in row if item is not missing]  # type: ignore[misc]
 
 
 def from_first(make: Callable[[], T]) -> T:

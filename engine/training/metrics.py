@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from engine.distributed import is_first, lowest, total
+from engine.distributed import gathered, in_turn, is_first, lowest, total
 from engine.training.losses import WeightedCrossEntropy
 
 
@@ -153,6 +153,16 @@ class Mistakes:
         places = sure.sort(descending=True, stable=True).indices[: self.keep]  # of equally sure ones the earlier
         return images[places], sure[places]
 
+    def gather(self) -> None:
+        """Take in what the others have met of several processes, each of which evaluates every so many-th batch."""
+        self.batches = in_turn([tuple(part.cpu() for part in batch) for batch in self.batches])
+        own = gathered(None if self.images is None else self.images.cpu())
+        images: list[Iterator[Tensor]] = [iter([] if kept is None else kept) for kept in own]  # as these are in order
+        process = torch.tensor([number % len(own) for number, batch in enumerate(self.batches) for _ in batch[0]])
+        sure = torch.cat([batch[2] for batch in self.batches])
+        first = sure.sort(descending=True, stable=True).indices[: self.keep]
+        self.images, self.sure = torch.stack([next(images[of]) for of in process[first].tolist()]), sure[first]
+
     def read(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Places, truths, predictions and probabilities `[n]` of all errors, and the images of the first.
 
@@ -192,6 +202,15 @@ class Ranking:
             others = shifted.exp().scatter(1, logits.argmax(1, keepdim=True), 0.0).sum(1, keepdim=True)
             self.scores.append(shifted - others.log1p())
 
+    def gather(self) -> None:
+        """Take in what the others have met of several processes, each of which evaluates every so many-th batch."""
+        self.batches = in_turn([(truths.cpu(), ranks.cpu()) for truths, ranks in self.batches])
+        self._count = sum(gathered(self._count))
+        if self._count > self.MOST:
+            self.scores = None
+        elif self.scores is not None:
+            self.scores = in_turn([scores.cpu() for scores in self.scores])
+
     def read(self) -> tuple[Tensor, Tensor]:
         """True classes, and how many classes the model puts before them, int64 `[n]` each, on the CPU. Waits."""
         truths, ranks = (torch.cat(parts).cpu() for parts in zip(*self.batches, strict=True))
@@ -219,6 +238,13 @@ class Ranking:
                 twice = torch.searchsorted(own, column).sum() + torch.searchsorted(own, column, right=True).sum()
                 areas[label] = 1 - (int(twice) - inside**2) / (2 * inside * outside)
         return areas
+
+
+def added_up(losses: list[Tensor], sizes: list[int]) -> Tensor:
+    """The sum of the losses of all samples, and how many there are, float64 `[2]`, of mean losses of batches."""
+    weights = torch.tensor(sizes, dtype=torch.float64)
+    loss = (torch.stack(losses).cpu().double() * weights).sum() if losses else torch.zeros((), dtype=torch.float64)
+    return torch.stack([loss, weights.sum()])
 
 
 @torch.inference_mode()
@@ -259,9 +285,7 @@ def evaluate(
         if ranking is not None:
             ranking.add(logits, labels)
     model.train(training)
-    weights = torch.tensor(sizes, dtype=torch.float64)
-    loss = (torch.stack(losses).cpu().double() * weights).sum() if losses else torch.zeros((), dtype=torch.float64)
-    sums = total(torch.stack([loss, weights.sum()]))
+    sums = total(added_up(losses, sizes))
     if not sums[1]:
         raise ValueError("no batch to evaluate")
     counts = torch.zeros(num_classes * num_classes, dtype=torch.int64) if confusion is None else confusion.cpu()
