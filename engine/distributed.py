@@ -7,8 +7,10 @@ gives back what it was given. Never imports torch, unless there are several proc
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -147,7 +149,18 @@ def finish() -> None:
 
     if dist.is_initialized():
         meet()
+        gc.collect()  # DDP's models hold the group, whose threads must end before Python does
         dist.destroy_process_group()
+
+
+def leave(exit_code: int) -> None:
+    """End this process at once if it has not parted from the others: what they hold in common may wait for them."""
+    if world_size() == 1 or "torch" not in sys.modules:
+        return
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        os._exit(exit_code)
 
 
 def total(tensor: Any) -> Any:

@@ -134,6 +134,7 @@ def group(count: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
 
 
 def _member(rank: int, count: int, port: int, results: Any, work: Callable[..., Any], arguments: Any) -> None:
+    multiprocessing.set_start_method("fork", force=True)
     os.environ |= environment(rank, count, port)
     import torch
 

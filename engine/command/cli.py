@@ -55,7 +55,9 @@ def launch(entry: str) -> NoReturn:
             exit_code = end.code if isinstance(end.code, int) else int(end.code is not None)
     with terminal.until_cut_off():
         exit_code = sweep.finish(exit_code)
-    sys.exit(terminal.release(exit_code))
+    exit_code = terminal.release(exit_code)
+    distributed.leave(exit_code)
+    sys.exit(exit_code)
 
 
 def _answer(entry: str, arguments: list[str]) -> None:

@@ -73,10 +73,13 @@ class Saver:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         """Put the signals' handlers back; that memory ran out becomes a RunError with the batch size to try."""
-        for number, handler in getattr(self, "_handlers", {}).items():
-            signal.signal(number, handler)
         if self._rescue:
             self._rescue.stop()
+        if kind is None and self._agreement:
+            self._agreement.heard()
+        if kind is None or not self._agreement:  # torchrun's signal to what is ending already shall not cut that off
+            for number, handler in getattr(self, "_handlers", {}).items():
+                signal.signal(number, handler)
         said = error and out_of_memory(error, self.about["config"]["batch_size"])
         if said:
             where = f"epoch {self.progress.epoch}, step {self.progress.batch + 1}"
