@@ -200,6 +200,7 @@ def _overrides(hydra_config: Any) -> list[str]:
 
 def _job(config: DictConfig) -> Any:
     """One job: check its configuration, import its entry point (and with it torch), run it."""
+    sweep.join_tasks()
     terminal.guard()  # of a launcher's process, too
     if sweep.is_job():
         return sweep.run_job(config, _checked, _main)
