@@ -47,6 +47,7 @@ from engine.errors import Interrupted, RequestError, RunError, counted, interrup
 from engine.run import compare, runs, trust
 
 INSTALL = "pip install '.[sweep]'"
+INSTALL_RAY = "pip install hydra-ray-launcher"  # not with the others: it wants an older cloudpickle than joblib
 UNIMPORTANT = (*compare.NOT_COMPARED, "name", "resume", "resume_changed", "checkpoint", "device", "num_workers")
 MOST_CHECKED = 500  # jobs whose configurations are composed and checked before the first one runs; 0.1 s each
 
