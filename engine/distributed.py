@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -290,12 +291,15 @@ def is_ours_to_tell(message: str, for_good: int | None = None) -> bool:
         store = _store(patience=10)
         if for_good is not None:
             store.set("ended", str(for_good))
-        if store.add(f"failures{restarts()}", 1) > 1:
-            return False
-        store.set(f"failure{restarts()}", message)
+        is_first_to_fail = store.add(f"failures{restarts()}", 1) == 1
+        if is_first_to_fail:
+            store.set(f"failure{restarts()}", message)
+        until = time.monotonic() + 3
+        while _keeps_store() and store.add(f"failures{restarts()}", 0) < world_size() and time.monotonic() < until:
+            time.sleep(0.02)  # the others ask here, too
     except Exception:  # rather twice than never
-        pass
-    return True
+        return True
+    return is_first_to_fail
 
 
 def ended() -> int | None:
@@ -366,6 +370,11 @@ def _address() -> str:
     return f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
 
 
+def _keeps_store() -> bool:
+    """Whether this process has the store, for want of a launcher that has it."""
+    return is_first() and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+
+
 _reached: list[Any] = []  # the store, once it was asked for; None where it was not to be had
 
 
@@ -379,8 +388,7 @@ def _store(patience: float = 300) -> Any:
 
     if not _reached:
         host, port = os.environ["MASTER_ADDR"], _number("MASTER_PORT", 0)
-        own = is_first() and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-        wait = timedelta(seconds=patience)
+        own, wait = _keeps_store(), timedelta(seconds=patience)
         _reached.append(None)
         try:
             _reached[0] = TCPStore(host, port, is_master=own, timeout=wait, wait_for_workers=False)

@@ -74,9 +74,12 @@ def try_step(
             if wholes[0] != wholes[1]:
                 _step(model, criterion, images[:last], make_labels, num_classes, precision)
         except RequestError as error:
+            of, way_out = "", "drop_last=true"
+            if batches.world_size > 1:
+                of, way_out = " in one of the processes", "sync_batchnorm=true where it is batch norm, drop_last=true"
             raise RequestError(
-                f"batch_size={size}: the last batch of {batches.num_samples:,} samples holds {last}: "
-                f"{error}; take drop_last=true or another batch_size"
+                f"batch_size={size}: the last batch of {batches.num_samples:,} samples holds {last}{of}: "
+                f"{error}; take {way_out} or another batch_size"
             ) from error
 
 
