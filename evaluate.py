@@ -9,15 +9,17 @@ import csv
 import io
 import math
 import os
+import statistics
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from engine import files
+from engine import distributed, files
 from engine.data.batches import Batches
 from engine.data.devices import choose_device, use_threads
 from engine.data.download import no_downloads
@@ -32,6 +34,7 @@ from engine.training.metrics import (
     Mistakes,
     Ranking,
     accuracy,
+    added_up,
     balanced_accuracy,
     evaluate,
     mcnemar,
@@ -56,12 +59,13 @@ def main(config: dict[str, Any]) -> float:
     """
     device = choose_device(config["device"])
     use_threads(config["num_threads"])
-    if device.type == "cpu":
+    if device.type == "cpu" and not distributed.is_launched():
         share_cores(torch.get_num_threads())
-    asked = config["checkpoint"]
+    asked = config["checkpoint"] or str(runs.newest_best())
+    distributed.start(device, {**config, "checkpoint": asked})
     if isinstance(asked, list):
         return compare([Path(str(name)) for name in asked], config, device)
-    return evaluate_one(Path(asked) if asked else runs.newest_best(), config, device)
+    return evaluate_one(Path(asked), config, device)
 
 
 def evaluate_one(path: Path, config: dict[str, Any], device: torch.device) -> float:
@@ -77,6 +81,8 @@ def evaluate_one(path: Path, config: dict[str, Any], device: torch.device) -> fl
     # Its predictions.
     mistakes = Mistakes()
     found = predictions_of(subject, mistakes)
+    if not distributed.is_first():
+        return accuracy(found.confusion)
     figures = found.figures()
 
     # What is printed and written.
@@ -88,7 +94,7 @@ def evaluate_one(path: Path, config: dict[str, Any], device: torch.device) -> fl
     print(f"accuracy {figures['accuracy']:.2%}, loss {found.loss:.4f}")
     print(further(figures, found.samples, len(subject.classes)))
     if "config" not in saved:  # whose training's script most likely averages so
-        plain = float(torch.stack(found.batch_losses).double().mean())
+        plain = statistics.fmean(torch.stack(found.batch_losses).tolist())  # MPS has no float64
         of = f"{len(found.batch_losses)} of {config['batch_size']}, a shorter last one counting as much as the others"
         print(f"loss {plain:.6f} as the average of batches, {of}")
     rows = per_class(found.confusion, subject.classes)
@@ -117,6 +123,8 @@ def compare(paths: Sequence[Path], config: dict[str, Any], device: torch.device)
 
     # Their predictions.
     one, two = [predictions_of(subject) for subject in subjects]
+    if not distributed.is_first():
+        return accuracy(one.confusion)
     check_truths(subjects, one, two)
     figures, samples = [one.figures(), two.figures()], one.samples
     first, second = one.right, two.right
@@ -162,7 +170,8 @@ class Subject:
         split: the samples.
         data_classes: the names of the data's classes, as the data numbers them.
         classes: those of the model.
-        batches: images and labels on the device; labels as the data numbers them.
+        batches: images and labels on the device; labels as the data numbers them. Of several processes those of this
+            one, or None.
         model: on the device.
     """
 
@@ -172,7 +181,7 @@ class Subject:
     split: Split
     data_classes: list[str]
     classes: list[str]
-    batches: Batches
+    batches: Batches | None
     model: nn.Module
 
     def about_classes(self) -> str:
@@ -215,11 +224,23 @@ def subject_of(
     """A checkpoint made ready to be evaluated on these samples; RequestError where they do not fit."""
     split, data_classes = data
     how = {key: config[key] for key in ("batch_size", "seed", "num_workers")}  # no limit: the whole split
-    batches = Batches(split, config["dataset"]["eval_transforms"], device, **how)
+    own = own_part(split, config["batch_size"])
+    batches = Batches(own or split, config["dataset"]["eval_transforms"], device, **how)
     model = model_of(saved, config, path, batches.sample_shape(), data_classes).to(device)
     checkpoint.check_finite(model, path)
     classes = [printable(known) for known in saved.get("classes", data_classes)]
-    return Subject(path, saved, config, split, data_classes, classes, batches, model)
+    return Subject(path, saved, config, split, data_classes, classes, batches if own else None, model)
+
+
+def own_part(split: Split, batch_size: int) -> Split | None:
+    """The samples of this process's batches: every so many-th, so that each batch is as it is in one process; or None.
+
+    An iterable-style data set comes as a whole, as only reading tells what is in it.
+    """
+    if split.indices is None:
+        return split
+    own = split.indices.split(batch_size)[distributed.every_own()]
+    return replace(split, indices=torch.cat(own)) if own else None
 
 
 def both_of(
@@ -421,14 +442,23 @@ def predictions_of(subject: Subject, mistakes: Mistakes | None = None) -> Found:
     Raises:
         RunError: it gives no finite numbers.
     """
-    name, device = subject.config["split"], subject.batches.device
+    name, device = subject.config["split"], next(subject.model.parameters()).device
     model = Flipped(subject.model) if subject.config["tta"] == "flip" else subject.model
     places = {known: number for number, known in enumerate(subject.classes)}
     numbers = torch.tensor([places[known] for known in subject.data_classes], device=device)
-    batches = by_name(subject.batches, numbers, len(subject.classes))
+    own: Iterable[tuple[Tensor, Tensor]] = subject.batches or ()
+    if subject.split.indices is None:
+        own = islice(own, distributed.rank(), None, distributed.world_size())
     ranking, batch_losses = Ranking(), list[Tensor]()
-    shown = watched(batches, f"{name} split", len(subject.batches))
+    shown = watched(by_name(own, numbers, len(subject.classes)), f"{name} split", len(subject.batches or ()))
     loss, confusion = evaluate(model, shown, len(subject.classes), mistakes, batch_losses, ranking)
+    if distributed.world_size() > 1:
+        ranking.gather()
+        if mistakes:
+            mistakes.gather()
+        batch_losses = distributed.in_turn([batch_loss.cpu() for batch_loss in batch_losses])
+        in_all, samples = added_up(batch_losses, [len(truths) for truths, _ in ranking.batches])
+        loss = float(in_all / samples)  # in the order in which one process adds up
     if not math.isfinite(loss):
         raise RunError(
             f"{subject.path}: the loss on the {name} split is {loss}: the model gives no finite numbers there"

@@ -15,7 +15,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
 from glob import escape, glob, has_magic
 from pathlib import Path
@@ -26,10 +26,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from engine import files
+from engine import distributed, files
 from engine.data.augment import Normalize, Resize, to_float
 from engine.data.batches import Batches
-from engine.data.devices import choose_device, use_threads
+from engine.data.devices import choose_device, cores, use_threads
 from engine.data.download import no_downloads
 from engine.data.draws import Draws, own_randomness
 from engine.data.folders import is_leftover
@@ -55,30 +55,32 @@ def main(config: dict[str, Any]) -> None:
     # What is asked for.
     device = choose_device(config["device"])
     use_threads(config["num_threads"])
+    path = Path(config["checkpoint"]) if config["checkpoint"] else runs.newest_best()
+    distributed.start(device, {**config, "checkpoint": str(path)})
     output = Path(config["output"]) if config["output"] else None
     check_output(output)
-    paths, problems = find_images(config["images"])
+    paths, problems = distributed.from_first(lambda: find_images(config["images"]))
     for problem in problems:
         tell(f"not predicted: {problem}")
     if not paths:
         raise RequestError("images: there is nothing to predict" + (f" ({problems[0]})" if problems else ""))
 
     # The model, and what is done to an image before it.
-    path = Path(config["checkpoint"]) if config["checkpoint"] else runs.newest_best()
     model, settings = load(checkpoint.read(path), path, config, device)
     classes = settings.classes
     images = Images(paths, settings.input_shape, settings.eval_transforms, settings.max_pixels)
     classifier = Classifier(model, images, classes, config["top_k"], device)
     shape = "x".join(map(str, settings.input_shape))
-    print(f"{printable(str(path))}, {len(classes)} classes, images {shape}, on {device}", file=sys.stderr)
+    tell(f"{path}, {len(classes)} classes, images {shape}, on {device}")
 
     # The predictions.
     truths = [true_class(path, classes) for path in paths]
     layout = Layout([*map(str, paths)], classes, with_truth=any(truths))
     predictions: list[Prediction] = []
-    batches = predicted(classifier, truths, settings.batch_size, config["num_workers"])
+    count, own = math.ceil(len(paths) / settings.batch_size), distributed.every_own()
+    batches = of_all(predicted(classifier, truths, settings.batch_size, config["num_workers"], own), count)
     say(layout.header())
-    for batch in watched(batches, "predicting", math.ceil(len(paths) / settings.batch_size)):
+    for batch in watched(batches, "predicting", count):
         for prediction in batch:
             if prediction.error:
                 tell(f"not predicted: {prediction.image}: {prediction.error}")
@@ -152,7 +154,8 @@ def settings_of_data(config: dict[str, Any], device: torch.device) -> Settings:
     """What goes with a bare state_dict: the class names and the shape of the images are those of the data asked for."""
     batch_size = config["batch_size"] or 64
     dataset = {**config["dataset"], "cache": False, "target_transform": None}
-    with no_downloads(), redirect_stdout(sys.stderr):  # where the predictions go
+    aside = redirect_stdout(sys.stderr) if distributed.is_first() else nullcontext()  # where the predictions go
+    with no_downloads(), aside:
         splits, classes = load_splits(dataset, only="test")
     transforms = dataset["eval_transforms"]
     shape = Batches(splits["test"], transforms, device, batch_size=batch_size).sample_shape()
@@ -413,20 +416,32 @@ class Classifier:
 
 
 def predicted(
-    classifier: Classifier, truths: Sequence[str | None], batch_size: int, num_workers: int | None
+    classifier: Classifier,
+    truths: Sequence[str | None],
+    batch_size: int,
+    num_workers: int | None,
+    own: slice = slice(None),
 ) -> Iterator[list[Prediction]]:
     """The predictions, in the order of the images, a batch at a time.
+
+    Args:
+        classifier: with the images.
+        truths: the class that the folder of each tells.
+        batch_size: images a step.
+        num_workers: processes that read; None takes none for few images, else one a core.
+        own: which of the batches.
 
     Raises:
         RunError: the device has too little memory for a batch, or a process that reads has died.
     """
     images, device = classifier.images, classifier.device
     if num_workers is None:
-        num_workers = 0 if len(images) <= FEW else os.cpu_count() or 1
+        num_workers = 0 if len(images) <= FEW else cores()
     # Where the readers take all cores, a model on the CPU runs in them: beside them its threads would wait for a core.
     in_workers = device.type == "cpu" and num_workers >= torch.get_num_threads()
     collate_fn = classifier.classified if in_workers else collate
-    loader = DataLoader(images, batch_size, num_workers=num_workers, collate_fn=collate_fn)
+    batches: Any = [range(len(images))[first : first + batch_size] for first in range(0, len(images), batch_size)][own]
+    loader = DataLoader(images, batch_sampler=batches, num_workers=num_workers, collate_fn=collate_fn)
     try:
         for found, about in loader:
             ranked = iter(found if in_workers else classifier(found, about))
@@ -444,6 +459,13 @@ def predicted(
         raise RunError(f"a process that reads images has died ({one_line(error)}); try num_workers=0") from None
 
 
+def of_all(own: Iterable[list[Prediction]], count: int) -> Iterator[list[Prediction]]:
+    """The `count` batches of all processes in their order, of which each has every so many-th; known to all of them."""
+    batches, processes = iter(own), distributed.world_size()
+    for done in range(0, count, processes):
+        yield from distributed.gathered(next(batches, []))[: count - done]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What is said and written
 
@@ -459,8 +481,9 @@ def say(text: str) -> None:
 
 
 def tell(text: str) -> None:
-    """To standard error, past a progress bar."""
-    tqdm.write(printable(text), file=sys.stderr)
+    """To standard error, past a progress bar; of several processes the first one says it."""
+    if distributed.is_first():
+        tqdm.write(printable(text), file=sys.stderr)
 
 
 class Layout:
@@ -525,18 +548,18 @@ def finish(
     elif output:
         files.write_json(output, as_json(predictions))
     if output:
-        print(f"written to {printable(str(output))}", file=sys.stderr)
+        tell(f"written to {output}")
     scaled = sum(prediction.scaled for prediction in done)
     if scaled:
         size = "x".join(map(str, input_shape[1:]))
         were = "was" if scaled == 1 else "were"
         of = f"{scaled:,} of {counted(len(done), 'image')}"
-        print(f"{of} {were} scaled to the {size} pixels of the model", file=sys.stderr)
+        tell(f"{of} {were} scaled to the {size} pixels of the model")
     known = [prediction for prediction in done if prediction.true is not None]
     if known:
         right = sum(prediction.true == prediction.ranked[0][0] for prediction in known)
         of = f"{counted(len(known), 'image')} whose folder is named after a class"
-        print(f"accuracy {right / len(known):.2%} of {of}", file=sys.stderr)
+        tell(f"accuracy {right / len(known):.2%} of {of}")
     failed = len(predictions) - len(done) + len(problems)
     if failed:
         raise RunError(f"{failed:,} not predicted, named above; {len(done):,} predicted")

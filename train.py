@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from engine import files
+from engine import distributed, files
 from engine.build import build
 from engine.data.batches import Batches
 from engine.data.devices import choose_device, use_threads
+from engine.data.draws import sample_seed
 from engine.data.mixing import Mixing
 from engine.data.splits import Split, class_counts, fingerprint, load_splits
 from engine.errors import RequestError
@@ -29,12 +30,13 @@ from engine.pictures.curves import LiveCurves
 from engine.process import share_cores
 from engine.run import checkpoint, runs, trust
 from engine.run.saver import Saver
-from engine.run.state import Progress, RandomStates
+from engine.run.state import EveryRandomStates, Progress
 from engine.run.trackers import Trackers
 from engine.terminal import log, watched
 from engine.training.display import Bar, epoch_line
 from engine.training.metrics import Tally, accuracy, evaluate, loss_name
 from engine.training.optimizers import build_optimizer, shares
+from engine.training.parallel import has_batchnorm, synchronise_batchnorm
 from engine.training.pretrained import as_trained, disagreement, read_weights
 from engine.training.schedules import build_schedule
 from engine.training.step import Step, choose_precision
@@ -49,10 +51,13 @@ def main(config: dict[str, Any]) -> float:
         the best validation accuracy (0 to 1), or the last training accuracy without a validation part; for sweepers.
     """
     # Data.
+    config = runs.going_on(config)
     runs.check_name(config)
     device = prepare_device(config["device"], config["deterministic"], config["num_threads"])
-    config = as_trained(config)  # prepares images as the model's weights want them, if that is asked
-    splits, classes = load_splits(config["dataset"])
+    distributed.start(device, config)
+    with distributed.one_before_others():  # it may have to download the data
+        config = as_trained(config)  # prepares images as the model's weights want them, if that is asked
+        splits, classes = load_splits(config["dataset"])
     patience = config["early_stopping"]["patience"]
     check_early_stopping(patience, splits)
     batches = batches_of(splits, config, device)
@@ -64,7 +69,10 @@ def main(config: dict[str, Any]) -> float:
     begins = not runs.is_saved(config["resume"])  # else the weights are those that were saved
     given: dict[str, Any] = {"input_shape": input_shape, "num_classes": len(classes)}
     given["read_weights"] = read_weights if begins else None
-    model = to_device(build(config["model"], "model", **given), device)
+    with distributed.one_before_others():  # it may have to download the weights
+        model = to_device(build(config["model"], "model", **given), device)
+    if config["sync_batchnorm"] and distributed.world_size() > 1:
+        synchronise_batchnorm(model)
     counts = class_counts(splits["train"], classes)
     criterion = to_device(build(config["criterion"], "criterion", class_counts=counts), device)
     trained_with = loss_name(criterion, config["dataset"]["target_transform"], batches["train"].mixing is not None)
@@ -91,9 +99,11 @@ def main(config: dict[str, Any]) -> float:
         step.compile()
         try_step(model, criterion, config["optimizer"], batches["train"], input_shape, len(classes), precision)
 
+    if distributed.rank():  # each process draws other numbers for dropout; the first one those of a single process
+        torch.manual_seed(int(sample_seed(config["seed"], 0, distributed.rank())))
+
     # The run: its directory, and what it saves.
-    directory = runs.reopen(config) if config["resume"] else runs.create(config)
-    runs.start_log(directory / "train.log")
+    directory = runs.opened(config)
     about = {
         "format": checkpoint.FORMAT,
         "config": runs.own_config(config),
@@ -105,7 +115,7 @@ def main(config: dict[str, Any]) -> float:
     }
     progress, tally = Progress(), Tally(device, config["accumulate"])
     parts: dict[str, Any] = {"model": step.evaluated, "optimizer": optimizer, "scheduler": schedule, "step": step}
-    parts |= {"tally": tally, "progress": progress, "random": RandomStates()}
+    parts |= {"tally": tally, "progress": progress, "random": EveryRandomStates()}
     saver = Saver(directory, about, parts, **config["checkpoint"])
     describe(config, model, optimizer, splits, input_shape, device, precision, directory, trained_with)
     log_transfer(config, taken, frozen.said(model, config["epochs"]), disagreement(config, input_shape))
@@ -119,7 +129,7 @@ def main(config: dict[str, Any]) -> float:
     with frozen_memory(), curves, trackers, saver:
         while progress.epoch <= config["epochs"] and not stop_early(progress, patience):
             train_epoch(batches["train"], criterion, step, saver, config["epochs"])
-            step.tell_skipped()
+            step.end_epoch()
             row = row_of(progress, tally)
             if "val" in batches:
                 shown = watched(saver.until_stopped(batches["val"]), "validation", len(batches["val"]))
@@ -136,7 +146,7 @@ def main(config: dict[str, Any]) -> float:
             log.info(epoch_line(row, config["epochs"], progress.history))
 
         # The test set, once, with the best weights.
-        best = checkpoint.read(directory / "best.pt")
+        best = distributed.from_first(lambda: checkpoint.read(directory / "best.pt"))
         checkpoint.load_weights(step.evaluated, best["model"], directory / "best.pt")
         shown = watched(saver.until_stopped(batches["test"]), "test", len(batches["test"]))
         test_loss, confusion = evaluate(step.evaluated, shown, len(classes))
@@ -162,11 +172,12 @@ def train_epoch(batches: Batches, criterion: nn.Module, step: Step, saver: Saver
     progress.begin_epoch(lr=step.optimizer.param_groups[0]["lr"])
     bar = Bar(f"epoch {progress.epoch}/{epochs}", len(batches), progress.batch, tally, step.optimizer)
     for batch in batches.epoch(progress.epoch, start=progress.batch):
-        for images, labels, share in step.micro_batches(*batch, criterion):  # one, unless accumulate=N asks for more
+        samples = batches.samples_in(progress.batch)  # in all processes together
+        for images, labels, share in step.micro_batches(*batch, criterion, samples):  # one, unless accumulate=N
             logits = step.forward(images)  # in the chosen precision
             loss = criterion(logits, labels)
             step.backward(loss, share)
-            tally.add(loss, logits, labels)
+            tally.add(loss, logits, labels, share)
         step.update()  # unscale, clip, step, zero; then the next learning rate, and the averaged weights
 
         progress.batch += 1
@@ -177,17 +188,13 @@ def train_epoch(batches: Batches, criterion: nn.Module, step: Step, saver: Saver
 
 def prepare_device(name: str, deterministic: bool, num_threads: int | None) -> torch.device:
     """The device of a run, with so many threads on the CPU, and deterministic algorithms only where that is asked."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # as torchrun sets it; every process would train a run of its own
-        raise RequestError(
-            f"started as {os.environ['WORLD_SIZE']} processes; a run is one process, start it without torchrun"
-        )
     device = choose_device(name)
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS wants it before its first use
+    if device.type == "cuda":  # cuBLAS asks for it once, and a later run of this process may be deterministic
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if deterministic != torch.are_deterministic_algorithms_enabled():  # to set it imports the compiler
         torch.use_deterministic_algorithms(deterministic)
     use_threads(num_threads)
-    if device.type == "cpu":
+    if device.type == "cpu" and not distributed.is_launched():  # the cores of those are divided
         share_cores(torch.get_num_threads())
     return device
 
@@ -199,6 +206,7 @@ def batches_of(splits: dict[str, Split], config: dict[str, Any], device: torch.d
         RequestError: training's images come out in another shape than the test's.
     """
     common = {key: config[key] for key in ("batch_size", "seed", "num_workers", "limit_batches")}
+    common |= {"rank": distributed.rank(), "world_size": distributed.world_size()}
     only_training = {key: config[key] for key in ("shuffle", "drop_last", "accumulate")}
     if config["mixup"] or config["cutmix"]:
         only_training["mixing"] = Mixing(config["mixup"], config["cutmix"], config["seed"])
@@ -297,7 +305,11 @@ def describe(
         log.info(f"updates  {said}")
     log.info(f"data     {choices['dataset']}, {sizes}, images {shape}, {num_classes} classes")
     name = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
-    log.info(f"device   {device}{name}" + (f", {precision}" if config["precision"] != "fp32" else ""))
+    processes = distributed.world_size()
+    several = f", {processes} processes" if processes > 1 else ""
+    log.info(f"device   {device}{name}" + (f", {precision}" if config["precision"] != "fp32" else "") + several)
+    if processes > 1 and has_batchnorm(model) and not config["sync_batchnorm"]:
+        log.info("norm     batch norm sees each process's part of a batch; sync_batchnorm=true lets it see the whole")
     log.info(f"run      {directory}")
     if "val" not in splits:
         reason = "dataset.val_fraction=0" if not config["dataset"]["val_fraction"] else "the samples cannot be divided"

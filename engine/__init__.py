@@ -8,5 +8,6 @@ Imports run one way, downwards (`lint-imports` holds it):
     data | run             from files to batches | a run's folder and all that is kept in it
     config | build         settings: read and checked | what a `_target_` names is called
     terminal | files       what is printed | what is read and written
+    distributed            the processes of one run, and what they tell each other
     errors                 the ways a run ends
 """

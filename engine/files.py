@@ -1,4 +1,7 @@
-"""Files: read only where they are regular and of a bounded size, written whole or not at all. Never imports torch."""
+"""Files: read only where they are regular and of a bounded size, written whole or not at all. Never imports torch.
+
+Of several processes that do the same the first one writes.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from typing import Any, BinaryIO
 
 import yaml
 
+from engine.distributed import is_first
 from engine.errors import RunError, one_line
 
 MOST_TEXT = 1 << 24  # bytes of a text file that a run writes: its configuration, its metrics, a sweep's list of jobs
@@ -143,6 +147,8 @@ def write(path: Path, content: bytes | memoryview | str, *, keep: Path | None = 
     Raises:
         RunError: it cannot be written.
     """
+    if not is_first():
+        return
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         temporary.unlink(missing_ok=True)

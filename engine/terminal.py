@@ -15,6 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from engine.distributed import is_first
 from engine.errors import RunError, printable
 
 # What a progress bar draws itself with: a return before its text, and the way up to its line. Taken from the beginning
@@ -80,6 +81,8 @@ def guard() -> None:
             os.fstat(descriptor)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+    if not is_first():  # it has nothing to say but its errors
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     for descriptor, name in ((1, "stdout"), (2, "stderr")):
         stream = getattr(sys, name)
         if stream is None:
@@ -151,8 +154,8 @@ label = ""  # "job 3/12" while a job of a sweep runs in this process
 
 
 def is_terminal() -> bool:
-    """Whether stderr is a terminal; it may also have been closed (`2>&-`)."""
-    return sys.stderr is not None and sys.stderr.isatty()
+    """Whether stderr is a terminal that is this process's to draw on; it may also have been closed (`2>&-`)."""
+    return sys.stderr is not None and sys.stderr.isatty() and is_first()
 
 
 def watched(items: Iterable[Any], title: str, total: int | None = None) -> tqdm:

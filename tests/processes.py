@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import pickle
+import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 _context = multiprocessing.get_context("forkserver")
@@ -26,6 +29,7 @@ class Command:
     process: BaseProcess
     directory: Path
     began: float
+    name: str = ""  # of several in one directory
 
     @property
     def pid(self) -> int:
@@ -36,12 +40,12 @@ class Command:
     @property
     def out(self) -> str:
         """Standard output so far."""
-        return (self.directory / ".out").read_text()
+        return (self.directory / f".out{self.name}").read_text()
 
     @property
     def err(self) -> str:
         """Standard error so far."""
-        return (self.directory / ".err").read_text()
+        return (self.directory / f".err{self.name}").read_text()
 
     def signal(self, number: int) -> None:
         """Send a signal to the process and its workers, as a terminal's Ctrl-C does."""
@@ -56,16 +60,22 @@ class Command:
 
 
 def start(
-    entry: str, *arguments: str, cwd: Path, before: Callable[[str], None] | None = None, argument: str = ""
+    entry: str,
+    *arguments: str,
+    cwd: Path,
+    before: Callable[[str], None] | None = None,
+    argument: str = "",
+    variables: dict[str, str] | None = None,
 ) -> Command:
-    """Start an entry point in a directory; the process first calls `before(argument)`."""
+    """Start an entry point in a directory, with variables in its environment; it first calls `before(argument)`."""
     cwd.mkdir(parents=True, exist_ok=True)
-    process = _context.Process(target=_main, args=(entry, arguments, str(cwd), before, argument))
+    name, variables = (variables or {}).get("RANK", ""), variables or {}
+    process = _context.Process(target=_main, args=(entry, arguments, str(cwd), before, argument, name, variables))
     process.start()
-    while not (cwd / ".ready").exists() and process.is_alive():  # until it leads its own group
+    while not (cwd / f".ready{name}").exists() and process.is_alive():  # until it leads its own group
         time.sleep(0.005)
-    (cwd / ".ready").unlink(missing_ok=True)
-    return Command(process, cwd, time.monotonic())
+    (cwd / f".ready{name}").unlink(missing_ok=True)
+    return Command(process, cwd, time.monotonic(), name)
 
 
 def run(entry: str, *arguments: str, cwd: Path) -> Command:
@@ -76,19 +86,105 @@ def run(entry: str, *arguments: str, cwd: Path) -> Command:
 
 
 def _main(
-    entry: str, arguments: tuple[str, ...], cwd: str, before: Callable[[str], None] | None, argument: str
+    entry: str,
+    arguments: tuple[str, ...],
+    cwd: str,
+    before: Callable[[str], None] | None,
+    argument: str,
+    name: str,
+    variables: dict[str, str],
 ) -> None:
     multiprocessing.set_start_method("fork", force=True)  # as in a program started from a shell
     os.setsid()
     os.chdir(cwd)
-    for number, name in ((1, ".out"), (2, ".err")):
-        file = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.environ |= variables
+    for number, kind in ((1, ".out"), (2, ".err")):
+        file = os.open(kind + name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, number)
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
     sys.argv = [str(ROOT / f"{entry}.py"), *arguments]
-    Path(".ready").touch()
+    Path(f".ready{name}").touch()
     from engine.command.cli import launch
 
     if before:
         before(argument)
     launch(entry)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several processes that work together
+
+
+def free_port() -> int:
+    """A port that nobody uses at the moment."""
+    with socket.socket() as opened:
+        opened.bind(("127.0.0.1", 0))
+        return int(opened.getsockname()[1])
+
+
+@contextlib.contextmanager
+def launcher() -> Iterator[dict[str, str]]:
+    """The store of a torchrun, and what it tells its processes of that."""
+    from torch.distributed import TCPStore
+
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    agent = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RUN_ID": "none"}
+    yield {**agent, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+
+
+def start_several(
+    count: int, *arguments: str, cwd: Path, launch: dict[str, str], apart: float = 0, **how: Any
+) -> list[Command]:
+    """Start the processes of one `train.py`, some seconds after each other, the last one first."""
+    commands: list[Command] = []
+    for rank in reversed(range(count)):
+        commands.insert(0, start("train", *arguments, cwd=cwd, variables=launch | numbers(rank, count), **how))
+        time.sleep(apart if rank else 0)
+    return commands
+
+
+def group(count: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """What `work(*arguments)` returns in each of so many processes, which are told of each other as torchrun does.
+
+    `work` is found by its name in the module of a test, and what it returns is pickled.
+    """
+    port, results = free_port(), _context.SimpleQueue()
+    members = [
+        _context.Process(target=_member, args=(rank, count, port, results, work, arguments)) for rank in range(count)
+    ]
+    for member in members:
+        member.start()
+    found: dict[int, Any] = {}
+    while len(found) < count:
+        rank, pickled = results.get()
+        result = pickle.loads(pickled)
+        if isinstance(result, BaseException):
+            for member in members:
+                member.kill()
+            raise result
+        found[rank] = result
+    for member in members:
+        member.join(30)
+    return [found[rank] for rank in range(count)]
+
+
+def _member(rank: int, count: int, port: int, results: Any, work: Callable[..., Any], arguments: Any) -> None:
+    multiprocessing.set_start_method("fork", force=True)
+    os.environ |= numbers(rank, count) | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    import torch
+
+    from engine import distributed
+
+    try:
+        distributed.start(torch.device("cpu"), {})
+        result = work(*arguments)
+        distributed.finish()
+    except BaseException as error:
+        result = error
+    results.put((rank, pickle.dumps(result)))  # as it is: tensors would be sent as memory that ends with the process
+
+
+def numbers(rank: int, count: int) -> dict[str, str]:
+    """What torchrun tells one of its processes of itself."""
+    found = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+    return {name: str(number) for name, number in found.items()}

@@ -321,3 +321,39 @@ def test_submitit_runs_two_jobs(process: Call, tmp_path: Path) -> None:
     answer = process("train", "-m", "name=sub", "seed=0,1", *SMALL, "hydra/launcher=submitit_local")
     assert answer.code == 0, answer.err
     assert len(results(tmp_path / "checkpoints" / "sub")) == 2 and "±" in answer.out
+
+
+@needs("hydra_submitit_launcher")
+@pytest.mark.slow
+def test_the_tasks_of_a_job_train_one_run_and_go_on_where_all_were_killed(process: Call, tmp_path: Path) -> None:
+    """As SLURM kills them; the jobs' processes have the folder of their logs in their command lines."""
+    words = ["-m", "name=tasks", "seed=0,1", "epochs=60", "dataset.limit=60", "model=cnn", "model.width=4"]
+    words += ["hydra/launcher=submitit_local", "hydra.launcher.tasks_per_node=2"]
+    command = [sys.executable, ROOT / "train.py", *words]
+    directory = tmp_path / "checkpoints" / "tasks"
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as first:
+        until = time.monotonic() + 120
+        while len(list(directory.glob("*/metrics.csv"))) < 2 and time.monotonic() < until:
+            time.sleep(0.1)
+        listed = subprocess.run(["ps", "-ewwo", "pid,args"], capture_output=True, text=True, check=True).stdout
+        members = [first.pid, *(int(line.split()[0]) for line in listed.splitlines() if f"{directory}/" in line)]
+        for number in (signal.SIGSTOP, signal.SIGKILL):  # all at once: none tells of the others
+            for pid in members:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
+    answer = process("train", *words)
+    assert answer.code == 0, answer.err
+    assert len(ended(directory)) == len(results(directory)) == 2  # one record a job, one run
+    for run in directory.glob("*/summary.json"):
+        log = (run.parent / "train.log").read_text()
+        assert "2 processes" in log and "resumed  in epoch" in log
+        assert len((run.parent / "metrics.csv").read_text().splitlines()) == 61
+
+
+@needs("hydra_ray_launcher")
+@pytest.mark.slow
+def test_ray_runs_three_jobs_of_which_one_fails(process: Call, tmp_path: Path) -> None:
+    rates = "optimizer.lr=0.1,0.01,1e30"
+    answer = process("train", "-m", "name=ray", rates, *SMALL, "epochs=3", "hydra/launcher=ray", HOME=str(tmp_path))
+    assert answer.code == 1 and "1 of 3 jobs failed" in answer.err
+    assert len(results(tmp_path / "checkpoints" / "ray")) == 2

@@ -58,9 +58,18 @@ def test_deterministic_algorithms_where_they_are_asked_for(monkeypatch: pytest.M
         monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
         assert train.prepare_device("cpu", asked, None) == CPU
         assert torch.are_deterministic_algorithms_enabled() is asked
-        assert os.environ.get("CUBLAS_WORKSPACE_CONFIG") == (":4096:8" if asked else None)
+        assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+
+
+@pytest.mark.usefixtures("as_before")
+def test_a_later_run_of_the_process_may_be_deterministic_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuBLAS reads the setting once, at its first use, when the first run of a sweep may not need it."""
+    monkeypatch.setattr("train.choose_device", torch.device)
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    train.prepare_device("cuda", False, None)
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
-    train.prepare_device("cpu", True, None)
+    train.prepare_device("cuda", False, None)
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"  # the user's
 
 

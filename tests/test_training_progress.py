@@ -174,7 +174,9 @@ def test_random_states_of_devices_that_came_or_went_are_named(monkeypatch: pytes
     monkeypatch.setattr("engine.run.state.log.info", said.append)
     monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, number: restored.append(number))
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     states = RandomStates()
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: None)
     state = {key: value for key, value in states.state_dict().items() if key != "cuda"}
     for saved, here in ((2, 2), (3, 1), (0, 2), (0, 0)):
         monkeypatch.setattr(torch.cuda, "device_count", lambda here=here: here)
@@ -195,7 +197,7 @@ def test_the_generators_of_devices_that_are_here_are_saved_and_restored(monkeypa
     monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: ["first", "second"])
     monkeypatch.setattr(torch.mps, "get_rng_state", lambda: "own")
     for cards, mps in ((2, False), (0, True), (0, False)):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda cards=cards: cards > 0)
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda cards=cards: cards > 0)
         monkeypatch.setattr(torch.cuda, "device_count", lambda cards=cards: cards)
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda mps=mps: mps)
         state = RandomStates().state_dict()
@@ -203,3 +205,15 @@ def test_the_generators_of_devices_that_are_here_are_saved_and_restored(monkeypa
         RandomStates().load_state_dict(state)
         RandomStates().load_state_dict({key: state[key] for key in ("torch", "numpy", "python")})
     assert restored == [(0, "first"), (1, "second"), ("mps", "own")]
+
+
+def test_a_run_on_the_cpu_of_a_machine_with_gpus_leaves_them_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To ask for the state of a GPU's generator takes some of its memory, and fails where another has it to itself."""
+    said: list[str] = []
+    monkeypatch.setattr("engine.run.state.log.info", said.append)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: pytest.fail("a GPU was asked"))
+    state = RandomStates().state_dict()
+    RandomStates().load_state_dict(state)
+    assert "cuda" not in state and said == []

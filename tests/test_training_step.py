@@ -11,9 +11,12 @@ import pytest
 import torch
 from conftest import Call
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.errors import RequestError
-from engine.training.metrics import Tally, evaluate
+from engine.training.losses import cross_entropy
+from engine.training.metrics import Share, Tally, evaluate
+from engine.training.optimizers import Muon
 from engine.training.schedules import cosine
 from engine.training.step import Step, choose_precision, has_bf16
 from models.cnn import CNN
@@ -32,6 +35,13 @@ def made_step(model: nn.Module, batch_size: int = 64, optimizer: Any = None, **h
     return Step(model, optimizer, cosine(optimizer, 100, 10), CPU, batch_size=batch_size, **how)
 
 
+def scaled_step(model: nn.Module, scale: float, **how: Any) -> Step:
+    """One whose loss is scaled as that of fp16 is, with the arithmetic of fp32."""
+    step = made_step(model, precision="fp16", **how)
+    step.precision, step.scaler = "fp32", torch.amp.GradScaler("cpu", init_scale=scale)
+    return step
+
+
 def linear() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 3))
@@ -43,7 +53,7 @@ def take(step: Step, images: Tensor, labels: Tensor, criterion: nn.Module) -> fl
     for x, y, share in step.micro_batches(images, labels, criterion):
         loss = criterion(step.forward(x), y)
         step.backward(loss, share)
-        whole += float(loss.detach()) * float(share)
+        whole += float(loss.detach()) * float(share.gradient)
     step.update()
     return whole
 
@@ -147,9 +157,7 @@ def test_the_scale_of_the_loss_changes_nothing(clip: float | None) -> None:
     images, labels = samples(32)
     ends = []
     for scale in (None, 1.0, 2.0**16):
-        step = made_step(linear(), clip_grad_norm=clip)
-        if scale:
-            step.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        step = scaled_step(linear(), scale, clip_grad_norm=clip) if scale else made_step(linear(), clip_grad_norm=clip)
         for _ in range(3):
             take(step, images, labels, nn.CrossEntropyLoss())
         ends.append(weights(step.model))
@@ -171,8 +179,7 @@ def test_clipping_shortens_the_gradient_to_its_norm() -> None:
 
 def test_a_step_that_overflows_changes_nothing_but_the_scale() -> None:
     images, labels = samples(32)
-    step = made_step(linear(), ema_decay=0.5)
-    step.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+    step = scaled_step(linear(), 2.0**8, ema_decay=0.5)
     take(step, images, labels, nn.CrossEntropyLoss())
     before, averages, lr = weights(step.model), weights(step.evaluated), step.optimizer.param_groups[0]["lr"]
     loss = nn.functional.cross_entropy(step.forward(images), labels)
@@ -186,9 +193,7 @@ def test_a_step_that_overflows_changes_nothing_but_the_scale() -> None:
 
 
 def test_the_scaler_is_saved() -> None:
-    step, other = made_step(linear()), made_step(linear())
-    for each in (step, other):
-        each.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    step, other = scaled_step(linear(), 4.0), scaled_step(linear(), 4.0)
     images, labels = samples(32)
     step.backward(nn.functional.cross_entropy(step.forward(images), labels) * float("inf"))
     step.update()
@@ -295,6 +300,71 @@ def test_averages_begin_when_a_run_goes_on_with_them(call: Call) -> None:
     assert again.code == 0, again.err
     after = torch.load("checkpoints/run/last.pt", weights_only=True)
     assert after["step"]["averaged"] > 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Nothing waits for the device
+
+
+class Watched(TorchDispatchMode):
+    """Counts what makes the processor wait for a GPU: a number fetched from it, a copy to it or from it.
+
+    And the numbers in float64 that are made elsewhere than on the CPU, which MPS does not have.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fetched, self.copied, self.double = 0, 0, 0
+
+    def __torch_dispatch__(self, called: Any, types: Any, given: Any = (), named: Any = None) -> Any:
+        made = called(*given, **(named or {}))
+        tensors = [value for value in (*given, made) if isinstance(value, Tensor)]
+        self.fetched += called is torch.ops.aten._local_scalar_dense.default
+        copies = called in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
+        self.copied += copies and len({tensor.device.type for tensor in tensors}) > 1
+        self.double += any(tensor.is_meta and tensor.dtype == torch.float64 for tensor in tensors)
+        return made
+
+
+HOW: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "averaged and clipped": {"ema_decay": 0.9, "clip_grad_norm": 1.0},
+    "in parts": {"batch_size": 7},
+}
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "muon"])
+@pytest.mark.parametrize("how", HOW)
+def test_a_step_waits_for_no_device(how: str, optimizer: str) -> None:
+    """On the device `meta`, which has no numbers, so that to look at one is an error."""
+    meta = torch.device("meta")
+    model = CNN((1, 8, 8), 3, width=4).to(meta)
+    criterion = cross_entropy(label_smoothing=0.1, weight=[1.0, 5.0, 0.2]).to(meta)
+    settings = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "muon": Muon}
+    steps = settings[optimizer](model.parameters(), lr=LR)
+    step = Step(model, steps, cosine(steps, 100, 10), meta, **{"batch_size": 64, **HOW[how]})
+    tally = Tally(meta)
+    images, labels = (tensor.to(meta) for tensor in samples(20))
+    with Watched() as watched:
+        for _ in range(3):
+            for x, y, share in step.micro_batches(images, labels, criterion):
+                logits = step.forward(x)
+                loss = criterion(logits, y)
+                step.backward(loss, share)
+                tally.add(loss, logits, y, share)
+            step.update()
+    assert (watched.copied, watched.double) == (0, 0)
+
+
+def test_half_precision_waits_only_for_its_scaler() -> None:
+    """Once a step, as the scaler asks whether the gradients are finite before it lets the optimizer go."""
+    step = scaled_step(linear(), 1.0)
+    take(step, *samples(8), nn.CrossEntropyLoss())
+    loss = nn.functional.cross_entropy(step.forward(samples(8)[0]), samples(8)[1])
+    with Watched() as watched:
+        step.backward(loss, Share(1.0, 1.0, 8))
+        step.update()
+    assert watched.fetched == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from engine import build, process, terminal
+from engine import build, distributed, process, terminal
 from engine.command import resume, sweep, typed
 from engine.command.help import directories_of, explained, help_text, known_names
 from engine.config import CONFIGS, RUNS, check, check_frozen, group_options
@@ -42,6 +42,9 @@ def launch(entry: str) -> NoReturn:
     """
     os.environ["PYTHON_COLORS"] = "0"  # tracebacks in colours are made of what may not be sent to a terminal
     terminal.guard()
+    exit_code = distributed.ended()
+    if exit_code is not None:  # for good, and that was told before torchrun started the processes anew
+        sys.exit(terminal.release(exit_code))
     exit_code = 0
     with terminal.until_cut_off():
         try:
@@ -52,7 +55,9 @@ def launch(entry: str) -> NoReturn:
             exit_code = end.code if isinstance(end.code, int) else int(end.code is not None)
     with terminal.until_cut_off():
         exit_code = sweep.finish(exit_code)
-    sys.exit(terminal.release(exit_code))
+    exit_code = terminal.release(exit_code)
+    distributed.leave(exit_code)
+    sys.exit(exit_code)
 
 
 def _answer(entry: str, arguments: list[str]) -> None:
@@ -140,8 +145,11 @@ def _as_ours(error: BaseException, arguments: list[str], entry: str) -> RunError
 
 
 def fail(error: RunError) -> NoReturn:
-    """Print the error on one line of stderr and leave with its exit code."""
-    print(f"error: {shortened(one_line(error, 10_000), LONGEST)}", file=sys.stderr)
+    """Print the error on one line of stderr and leave with its exit code; of several processes one prints."""
+    line = shortened(one_line(error, 10_000), LONGEST)
+    is_for_good = isinstance(error, (RequestError, Interrupted))
+    if distributed.is_ours_to_tell(line, error.exit_code if is_for_good else None):
+        print(f"error: {line}", file=sys.stderr)
     sys.exit(error.exit_code)
 
 
@@ -192,6 +200,7 @@ def _overrides(hydra_config: Any) -> list[str]:
 
 def _job(config: DictConfig) -> Any:
     """One job: check its configuration, import its entry point (and with it torch), run it."""
+    sweep.join_tasks()
     terminal.guard()  # of a launcher's process, too
     if sweep.is_job():
         return sweep.run_job(config, _checked, _main)
@@ -199,7 +208,8 @@ def _job(config: DictConfig) -> Any:
         checked = _checked(config)
         if "name" in checked:
             runs.check_name(checked)
-        for name in typed.given_twice(_overrides(HydraConfig.get())):
+        twice = typed.given_twice(_overrides(HydraConfig.get())) if distributed.is_first() else []
+        for name in twice:
             print(f"note: {printable(name)} is given twice, the last one counts", file=sys.stderr)
         return _main(checked)
     except RunError as error:
@@ -209,7 +219,8 @@ def _job(config: DictConfig) -> Any:
             sys.exit(0)  # until it is released
         if code := interrupt_behind(error):
             fail(Interrupted("interrupted", code))
-        traceback.print_exc()  # our own bug: the whole traceback
+        if distributed.is_ours_to_tell(one_line(error)):
+            traceback.print_exc()  # our own bug: the whole traceback
         sys.exit(1)
 
 
@@ -249,9 +260,13 @@ def _main(config: dict[str, Any]) -> Any:
             gc.enable()
         words = [*_overrides(HydraConfig.get()), *json.loads(os.environ.get(OF_EXPERIMENT, "[]"))]
         build.check_fit(config, typed.added(words), [word.partition("=")[0].lstrip("+") for word in words])
-        return program.main(config)
+        result = program.main(config)
+        distributed.finish()
+        return result
     except BaseException as error:
-        runs.abandon(error)
+        runs.abandon(ours := distributed.as_ours(error))
+        if ours is not error:
+            raise ours from error
         raise
     finally:
         gc.enable()

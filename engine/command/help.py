@@ -11,7 +11,7 @@ from pathlib import Path
 import yaml
 from hydra.errors import OverrideParseException
 
-from engine.command.sweep import INSTALL
+from engine.command.sweep import INSTALL, INSTALL_RAY
 from engine.config import (
     CONFIGS,
     Setting,
@@ -120,7 +120,8 @@ def explained(error: BaseException, arguments: list[str], entry: str) -> str:
         if (top := group.partition("/")[0]) in groups:  # a path was typed
             group, option = top, f"{group}/{option}".partition("/")[2]
         if group.startswith("hydra/"):
-            return f"{group}={option}: no such option, or its plugin is not installed: {INSTALL}"
+            install = INSTALL_RAY if option == "ray" else INSTALL
+            return f"{group}={option}: no such option, or its plugin is not installed: {install}"
         return no_such_option(group, option, groups.get(group, []))
     if found := re.search(r"Could not override '([^']+)'", text):
         name = found[1].partition("@")[0]

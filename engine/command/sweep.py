@@ -41,12 +41,13 @@ from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from engine import files, terminal
+from engine import distributed, files, terminal
 from engine.config import ROOT
 from engine.errors import Interrupted, RequestError, RunError, counted, interrupt_behind, one_line, printable
 from engine.run import compare, runs, trust
 
 INSTALL = "pip install '.[sweep]'"
+INSTALL_RAY = "pip install hydra-ray-launcher"  # not with the others: it wants an older cloudpickle than joblib
 UNIMPORTANT = (*compare.NOT_COMPARED, "name", "resume", "resume_changed", "checkpoint", "device", "num_workers")
 MOST_CHECKED = 500  # jobs whose configurations are composed and checked before the first one runs; 0.1 s each
 
@@ -102,6 +103,10 @@ def start(config: DictConfig, check: Callable[[DictConfig], Any]) -> None:
         RequestError: a job's configuration is wrong, an extra is missing, the name is taken; nothing was made.
     """
     global started
+    if distributed.is_launched():
+        raise RequestError(
+            "torchrun starts the processes of one run, a sweep (-m, hparams_search=) starts runs; leave one of them out"
+        )
     _check_installed(config)
     given = [str(text) for text in config.hydra.overrides.task]
     parameters = config.hydra.sweeper.get("params") or {}
@@ -264,6 +269,19 @@ def _continue_study(sweeper: Any) -> int:
 # One job
 
 
+def join_tasks() -> None:
+    """Tell each task of a job that submitit started as several, a GPU each, which of them it is, as torchrun does.
+
+    Not torchrun within the job: the launcher starts the tasks as it is, on every node, SLURM ends them together, and
+    where a job was cut off the sweep goes on with it.
+    """
+    if is_job() and "submitit" in str(HydraConfig.get().launcher._target_):
+        import submitit
+
+        if submitit.JobEnvironment().num_tasks > 1:
+            submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
+
+
 _interrupted = False  # Python, or a library, may drop an exception that comes while it tidies up
 
 
@@ -302,14 +320,19 @@ def run_job(
     try:
         plain = check(config)
         record["configuration"] = _fingerprint(plain)
-        before = _before(directory, record["configuration"])
+
+        def decided() -> tuple[dict[str, Any], str]:
+            before = _before(directory, record["configuration"])
+            return before, before.get("run") or _run_name(directory, number, varying)
+
+        before, run = distributed.told_by_first(decided)  # of a job's tasks, which start one after the other
         if before.get("state") == "finished":
             _say(f"{label}  {' '.join(varying)}: finished before, {before['run']}")
             return before["value"]
         if before:  # stopped or killed: exactly where it was, as resume= would
-            plain |= {"name": before["run"], "resume": str(directory.parent / before["run"]), "changed": []}
+            plain |= {"name": run, "resume": str(directory.parent / run), "changed": []}
         elif "name" in plain:
-            plain["name"] = f"{directory.name}/{_run_name(directory, number, varying)}"
+            plain["name"] = f"{directory.name}/{run}"
         record["run"] = plain.get("name")
         if _interrupted:
             raise KeyboardInterrupt
@@ -420,12 +443,16 @@ def visible_gpus() -> list[str]:
 
 
 def _report(record: dict[str, Any], reason: str) -> None:
+    if not distributed.is_ours_to_tell(reason):
+        return
     job = printable(f"job {record['job']} ({' '.join(record['overrides'])})")
     print(f"error: {job}: {printable(reason)}", file=sys.stderr, flush=True)
 
 
 def _record(directory: Path, record: dict[str, Any], **result: Any) -> None:
     """Add a line to jobs.jsonl in one write, so that jobs that end together do not mix theirs."""
+    if not distributed.is_first():
+        return
     line = json.dumps(record | result, default=str) + "\n"
     with files.open_own(directory / "jobs.jsonl") as file:
         file.write(line.encode())

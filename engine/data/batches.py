@@ -1,7 +1,8 @@
 """From samples to batches on the device.
 
 The order of the samples is a function of (seed, epoch), what augmentation does to a sample of (seed, epoch, index): the
-number of workers, the batch size and where a run was resumed change neither.
+number of workers, the batch size and where a run was resumed change neither. Nor does the number of processes that
+train together: each reads its own samples of every batch.
 
 Three ways lead to a batch: samples in memory are gathered by an index tensor; those of a `Dataset`, and those that a
 transform has to see one at a time, are read in worker processes; an iterable-style `Dataset` is read as it comes.
@@ -10,6 +11,7 @@ transform has to see one at a time, are read in worker processes; an iterable-st
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
@@ -27,6 +29,7 @@ from engine.data.reader import Reader, SampleStream, users_code
 from engine.data.splits import Split, by_class
 from engine.data.transforms import PerImage, apply, parse_transforms
 from engine.data.workers import Workers
+from engine.distributed import from_first, gathered, own_slice
 from engine.errors import RequestError, RunError, counted, one_line, out_of_memory
 from engine.process import in_turns
 from engine.terminal import log, watched
@@ -51,6 +54,8 @@ class Batches:
             a shorter last batch (`drop_last`).
         accumulate: times `batch_size` samples in a batch, which is what a step takes.
         mixing: mixes the samples of a batch.
+        rank, world_size: this process and how many there are; each gets as many batches, in them its own slice of every
+            `batch_size` samples, which is empty where the last ones are fewer than the processes.
 
     Batches are floats `[batch, channels, height, width]`, 0 to 1 before `Normalize`, and labels int64 `[batch]`, or
     float `[batch, num_classes]` where the data set or `target_transform` gives probabilities.
@@ -74,10 +79,19 @@ class Batches:
         drop_last: bool = False,
         accumulate: int = 1,
         mixing: Mixing | None = None,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
         self.split, self.device, self.training = split, device, training
         self.batch_size, self.seed, self.limit = batch_size * accumulate, seed, limit_batches
         self.micro_batch_size, self.mixing = batch_size, mixing
+        self.rank, self.world_size = rank, world_size
+        self._own: dict[int, Tensor] = {}
+        if batch_size < world_size:
+            raise RequestError(
+                f"batch_size={batch_size}: fewer samples than the {world_size} processes that share them; "
+                f"take batch_size={world_size} or more, or fewer processes"
+            )
         self.shuffle, self.drop_last = training and shuffle, training and drop_last
         option = f"dataset.{'train' if training else 'eval'}_transforms"
         parsed = parse_transforms(transforms, option)
@@ -101,7 +115,7 @@ class Batches:
         self.batch_transforms = list(enumerate(parsed))[for_images:]  # these run on batches, on the device
         self.is_random = any(transform.random for _, transform in self.batch_transforms)
         self.in_memory: tuple[Tensor, Tensor] | None = None
-        self.gathered = self.batch_size  # samples that are gathered and transformed at once: whole batches
+        self.at_once = 1  # batches that are gathered and transformed together
         self.workers: Workers | None = None
         self._stream: SampleStream | None = None
         self._shape: tuple[int, int, int] | None = None
@@ -117,13 +131,14 @@ class Batches:
             self._stream = SampleStream(reader)
         elif is_in_memory and for_images == 0:
             self.in_memory = place(split.part, device)
-            size = self.batch_size * 4 * math.prod(self.sample_shape())  # of a batch, as floats
+            size = self._read_for(self.batch_size) * 4 * math.prod(self.sample_shape())  # of a batch, as floats
             if size % 64 == 0:  # so every batch lies as it would alone: arithmetic may depend on where memory begins
-                self.gathered *= max(1, GATHER // size)
+                self.at_once = max(1, GATHER // max(1, size))
         else:
             count = cores() if num_workers is None else num_workers
             # More workers than batches would have nothing to do.
-            self.workers = Workers(reader, min(count, len(self)), min(self.batch_size, self.samples))
+            most = max(self._read_for(min(self.batch_size, self.samples)), self._read_for(self._last()))
+            self.workers = Workers(reader, min(count, len(self)), most)
             if isinstance(split.part, ImageFiles) and for_images == 0:
                 _check_sizes(split, option)
 
@@ -153,8 +168,45 @@ class Batches:
         """Samples in an epoch."""
         return min(self.samples, len(self) * self.batch_size)
 
+    def samples_in(self, step: int) -> int:
+        """Samples of a step of training, from 0, in all processes together."""
+        return min(self.batch_size, self.samples - step * self.batch_size)
+
+    def _last(self) -> int:
+        """Samples of the last step."""
+        return self.samples_in(len(self) - 1) if len(self) else 0
+
+    def own(self, count: int) -> Tensor:
+        """Which of the `count` samples of a batch are this process's, int64 `[n]`: a slice of every micro-batch."""
+        if count not in self._own:  # there are two counts in all, of the last batch and of the others
+            micro_batches = torch.arange(count).split(self.micro_batch_size)
+            own = [part[own_slice(len(part), self.rank, self.world_size)] for part in micro_batches]
+            self._own[count] = torch.cat(own)
+        return self._own[count]
+
+    def _read_for(self, count: int) -> int:
+        """How many samples this process reads of a batch of `count`."""
+        own = len(self.own(count))
+        return 2 * own if self.mixing and self.world_size > 1 else own
+
+    def _needed(self, epoch: int, step: int, count: int) -> Tensor:
+        """Which samples of a step this process reads, int64 `[n]`: its own, behind them those that are mixed in."""
+        own = self.own(count)
+        if not self.mixing or self.world_size == 1:
+            return own
+        return torch.cat([own, self.mixing.partners(epoch, step, count)[own]])
+
+    def _of_this_process(self, order: Tensor, epoch: int, start: int) -> tuple[Tensor, list[int]]:
+        """What this process reads of an epoch's samples from a batch on, in order, and how many in each batch."""
+        if self.world_size == 1:
+            whole, rest = divmod(len(order), self.batch_size)
+            return order, [self.batch_size] * whole + [rest] * bool(rest)
+        batches = enumerate(order.split(self.batch_size), start)
+        parts = [batch[self._needed(epoch, step, len(batch))] for step, batch in batches]
+        return torch.cat([order[:0], *parts]), [len(part) for part in parts]
+
     def order(self, epoch: int) -> Tensor:
-        """The sample indices of an epoch, int64 `[n]`, in the order in which they are seen."""
+        """The sample indices of an epoch, int64 `[n]`, in the order in which they are seen, by all processes."""
         indices = self.split.indices
         assert indices is not None
         if self.training and self.split.sampler is not None:
@@ -162,6 +214,8 @@ class Batches:
                 seed_everything(int(sample_seed(self.seed, epoch)))
                 with users_code("dataset: its sampler"):
                     places = torch.tensor([int(place) for place in self.split.sampler(indices)], dtype=torch.int64)
+            if self.world_size > 1:  # nobody knows what it hangs on
+                places = from_first(lambda: places)
             if len(places) != self.samples or not ((places >= 0) & (places < len(indices))).all():
                 found = f" from {int(places.min())} to {int(places.max())}" if len(places) else ""
                 raise RunError(
@@ -219,55 +273,80 @@ class Batches:
             raise RunError(f"{said} ({what} for {self.device}: {one_line(error, 160)})") from error
 
     def _epoch(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
-        first = start * self.batch_size
-        order = None if self._stream is not None else self.order(epoch)
-        if order is not None:
-            order = (with_copies(order) if self.classes else order)[first : len(self) * self.batch_size]
-        if order is None:
-            source = self._from_stream(epoch, start)
+        order, sizes, has_nothing = None, list[int](), False
+        numbers: deque[Tensor] = deque()  # of a stream's samples, which are only numbered
+        if self._stream is not None:
+            source = self._from_stream(epoch, start, numbers)
             source = source if self.device.type == "cpu" else on_device(source, self.device)
-        elif self.in_memory is not None:
-            source = self._gather(order)
         else:
-            source = self._read(epoch, order)
-        step, done, group = start, 0, self.gathered * max(1, AHEAD // self.gathered)
+            order = self.order(epoch)
+            order = with_copies(order) if self.classes else order
+            order = order[start * self.batch_size : len(self) * self.batch_size]
+            order, sizes = self._of_this_process(order, epoch, start)
+            has_nothing = sizes[-1:] == [0]  # in the last batch; of all others each process has some samples
+            sizes = sizes[: len(sizes) - has_nothing]
+            source = self._gather(order, sizes) if self.in_memory is not None else self._read(epoch, order, sizes)
+        step, done, left = start, 0, iter(sizes)
+        begin = end = 0  # of the samples whose random numbers are drawn
         for images, labels in source:
+            if not len(images):  # of a stream
+                yield self._nothing()
+                continue
+            taken = list(islice(left, self.at_once)) if order is not None else [len(images)]
             if self.is_random:
-                if done % group == 0:
-                    if order is None:  # a stream's samples are only numbered
-                        index = torch.arange(first + done, first + done + group)
-                    else:
-                        index = order[done : done + group]
-                    ahead = Draws(self.seed, epoch, index)
-                images = apply(self.batch_transforms, images, ahead.window(done % group, len(images)))
+                if order is None:
+                    ahead = Draws(self.seed, epoch, numbers.popleft())
+                    begin = done
+                elif done + len(images) > end:
+                    begin, end = done, done + max(len(images), AHEAD // len(images) * len(images))
+                    ahead = Draws(self.seed, epoch, order[begin:end])
+                images = apply(self.batch_transforms, images, ahead.window(done - begin, len(images)))
                 done += len(images)
             elif self.batch_transforms:
                 images = apply(self.batch_transforms, images, None)
             images = to_float(images)
-            for x, y in zip(images.split(self.batch_size), labels.split(self.batch_size), strict=True):
+            for x, y in zip(images.split(taken), labels.split(taken), strict=True):
                 if self.training:
                     y = self.targets(y)
                 if self.mixing:
-                    x, y = self.mixing(x, y, epoch, step)
+                    x, y = self._mixed(x, y, epoch, step)
                 yield x, y
                 step += 1
+        if has_nothing:
+            yield self._nothing()
+
+    def _mixed(self, images: Tensor, labels: Tensor, epoch: int, step: int) -> tuple[Tensor, Tensor]:
+        assert self.mixing is not None
+        if self.world_size == 1:
+            return self.mixing(images, labels, epoch, step)
+        count = self.samples_in(step)
+        return self.mixing(images, labels, epoch, step, self.own(count), count)
+
+    def _nothing(self) -> tuple[Tensor, Tensor]:
+        """The batch of a process that has no sample in it."""
+        labels = torch.zeros(0, dtype=torch.int64, device=self.device)
+        images = torch.zeros(0, *self.sample_shape(), device=self.device)
+        return images, self.targets(labels) if self.training else labels
 
     __iter__ = epoch
 
-    def _gather(self, order: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of samples that are in memory, `gathered` samples at once."""
+    def _gather(self, order: Tensor, sizes: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches of samples that are in memory, `at_once` together, each of its size."""
         images, labels = self.in_memory  # type: ignore[misc]
         order = (order % COPY).to(images.device)
-        indices, labels = order.split(self.gathered), labels.index_select(0, order)
-        batches = ((images.index_select(0, i), y) for i, y in zip(indices, labels.split(self.gathered), strict=True))
+        together = [sum(sizes[i : i + self.at_once]) for i in range(0, len(sizes), self.at_once)]
+        indices, labels = order.split(together), labels.index_select(0, order)
+        batches = ((images.index_select(0, i), y) for i, y in zip(indices, labels.split(together), strict=True))
         return batches if images.device.type == self.device.type else on_device(batches, self.device)
 
-    def _read(self, epoch: int, order: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    def _read(self, epoch: int, order: Tensor, sizes: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of samples that are read one at a time."""
         assert self.workers is not None
         skipped: list[str] = []
-        batches = self._noting(self.workers.read(epoch, order.split(self.batch_size)), skipped)
+        batches = self._noting(self.workers.read(epoch, order.split(sizes)), skipped)
         yield from batches if self.device.type == "cpu" else on_device(batches, self.device)
+        if self.reader.skip_unreadable and self.world_size > 1:
+            skipped = list(dict.fromkeys(told for own in gathered(skipped) for told in own))
         if skipped:
             images = counted(len(skipped), "image")
             log.warning(f"epoch {epoch}: {images} could not be read and skipped; the first: {skipped[0]}")
@@ -277,8 +356,11 @@ class Batches:
             skipped.extend(unread)
             yield images, labels
 
-    def _from_stream(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of an iterable-style data set: training goes on where the last epoch ended, a test starts anew."""
+    def _from_stream(self, epoch: int, start: int, numbers: deque[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches of an iterable-style data set: training goes on where the last epoch ended, a test starts anew.
+
+        Every process reads the whole stream, and keeps what is its own. `numbers` gets those of a batch's samples.
+        """
         assert self._stream is not None
         if self.training:
             first = ((max(epoch, 1) - 1) * len(self) + start) * self.batch_size
@@ -288,8 +370,12 @@ class Batches:
         last = len(self) if self.training else self.limit
         number = start
         while (last is None or number < last) and (found := list(islice(samples, self.batch_size))):
-            index = torch.arange(len(found)) + number * self.batch_size
-            yield self.reader.prepare(epoch, index, found)
+            own = self._needed(epoch, number, len(found))
+            if len(own):
+                numbers.append(own + number * self.batch_size)
+                yield self.reader.prepare(epoch, numbers[-1], [found[place] for place in own.tolist()])
+            else:
+                yield torch.zeros(0, 1, 1, 1), torch.zeros(0)
             number += 1
 
     def targets(self, labels: Tensor) -> Tensor:

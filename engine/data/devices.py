@@ -12,15 +12,18 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
+from engine import distributed
 from engine.errors import RequestError, counted
 
 
 def choose_device(name: str) -> torch.device:
-    """The device that `device=` asks for; auto takes CUDA, else MPS, else the CPU.
+    """The device that `device=` asks for; auto takes CUDA, else MPS, else the CPU. Of several processes each has one.
 
     Raises:
-        RequestError: it is not there.
+        RequestError: it is not there, or there are more processes than devices.
     """
+    if distributed.world_size() > 1:
+        return _own_device(name)
     found = [f"cuda:{i}" for i in range(torch.cuda.device_count())] + ["mps"] * torch.backends.mps.is_available()
     if name == "auto":
         return torch.device(found[0] if found else "cpu")
@@ -29,18 +32,43 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def _own_device(name: str) -> torch.device:
+    """Of several processes: the GPU of this one, or the CPU."""
+    gpus, here = torch.cuda.device_count(), distributed.local_world_size()
+    if name == "cpu" or (name == "auto" and not gpus and not torch.backends.mps.is_available()):
+        return torch.device("cpu")
+    if name not in ("auto", "cuda"):
+        raise RequestError(
+            f"device={name}: {distributed.world_size()} processes cannot share it; device=cuda gives each a GPU of its "
+            "own, device=cpu some of the cores"
+        )
+    if here > gpus:
+        raise RequestError(
+            f"device={name}: {here} processes here and {counted(gpus, 'GPU')}; --nproc-per-node={max(1, gpus)}, "
+            "or device=cpu"
+        )
+    return torch.device("cuda", distributed.local_rank())
+
+
 def cores() -> int:
-    """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Processor cores that this process may use; of several processes its share."""
+    found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, found // distributed.local_world_size())
 
 
 _OWN_THREADS = torch.get_num_threads()  # PyTorch's choice, before a job of a sweep may have set another
 
 
 def use_threads(number: int | None) -> None:
-    """Let PyTorch's arithmetic on the CPU use so many threads; None is its own choice. More than cores is told."""
-    number = _OWN_THREADS if number is None else number
-    if number > max(cores(), _OWN_THREADS):
+    """Let PyTorch's arithmetic on the CPU use so many threads; None is its own choice. More than cores is told.
+
+    Of several processes each uses its share of the cores: what PyTorch would choose counts on being alone, and the one
+    thread that torchrun sets leaves cores unused.
+    """
+    if number is None:
+        told = os.environ.get("OMP_NUM_THREADS", "1") != "1"
+        number = _OWN_THREADS if told or distributed.local_world_size() == 1 else cores()
+    if number > max(cores(), _OWN_THREADS) and distributed.local_rank() == 0:
         print(f"note: num_threads={number}: more than the {counted(cores(), 'core')} to be had", file=sys.stderr)
     if number != torch.get_num_threads():
         torch.set_num_threads(number)

@@ -22,7 +22,9 @@ class Mixing:
     def __init__(self, mixup: float | None, cutmix: float | None, seed: int) -> None:
         self.mixup, self.cutmix, self.seed = mixup, cutmix, seed
 
-    def __call__(self, images: Tensor, labels: Tensor, epoch: int, step: int) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, images: Tensor, labels: Tensor, epoch: int, step: int, own: Tensor | None = None, count: int = 0
+    ) -> tuple[Tensor, Tensor]:
         """Mixed images `[batch, channels, height, width]` and probabilities `[batch, num_classes]`.
 
         Args:
@@ -30,17 +32,24 @@ class Mixing:
             labels: probabilities `[batch, num_classes]`.
             epoch: from 1.
             step: of the epoch, from 0.
+            own: where these are not all samples of the step, int64 `[n]`, the places in it of those that are mixed;
+                images and labels are theirs, and behind them their partners'.
+            count: samples of the step, then.
         """
-        count, device = len(images), images.device
-        draw = np.random.Generator(np.random.Philox(key=int(sample_seed(self.seed, epoch, step)) % 2**64))
-        partners = send(torch.from_numpy(draw.permutation(count)), device)
-        other = images.index_select(0, partners)
+        device, draw = images.device, self._draw(epoch, step)
+        count = len(images) if own is None else count
+        partners, places = draw.permutation(count), slice(None) if own is None else own.numpy()
+        if own is None:
+            here = send(torch.from_numpy(partners), device)
+            other, others_labels = images.index_select(0, here), labels.index_select(0, here)
+        else:
+            (images, other), (labels, others_labels) = images.chunk(2), labels.chunk(2)
         cut = draw.random(count) < (0.5 if self.mixup else 1.0) if self.cutmix else np.zeros(count, bool)
 
         share, mixed = np.ones(count), images
         if self.mixup:
             share = np.where(cut, 1.0, draw.beta(self.mixup, self.mixup, count))
-            by_pixel = send(torch.from_numpy(share).float(), device)[:, None, None, None]
+            by_pixel = send(torch.from_numpy(share[places]).float(), device)[:, None, None, None]
             mixed = images * by_pixel + other * (1 - by_pixel)
         if self.cutmix:
             height, width = images.shape[-2:]
@@ -49,9 +58,16 @@ class Mixing:
             columns = _spans(draw.random(count), side, width)
             inside = rows[:, :, None] & columns[:, None, :] & cut[:, None, None]
             share = np.where(cut, 1 - inside.mean((1, 2)), share)
-            mixed = torch.where(send(torch.from_numpy(inside), device)[:, None], other, mixed)
-        kept = send(torch.from_numpy(share).float(), device)[:, None]
-        return mixed, kept * labels + (1 - kept) * labels.index_select(0, partners)
+            mixed = torch.where(send(torch.from_numpy(inside[places]), device)[:, None], other, mixed)
+        kept = send(torch.from_numpy(share[places]).float(), device)[:, None]
+        return mixed, kept * labels + (1 - kept) * others_labels
+
+    def partners(self, epoch: int, step: int, count: int) -> Tensor:
+        """The place of the partner of each of `count` samples of a step, int64 `[count]`, on the CPU."""
+        return torch.from_numpy(self._draw(epoch, step).permutation(count))
+
+    def _draw(self, epoch: int, step: int) -> np.random.Generator:
+        return np.random.Generator(np.random.Philox(key=int(sample_seed(self.seed, epoch, step)) % 2**64))
 
 
 def _spans(centre: np.ndarray, length: np.ndarray, size: int) -> np.ndarray:

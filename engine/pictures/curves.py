@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from engine.distributed import is_first
 from engine.pictures import style
 from engine.pictures.style import BLUE, GREY, ORANGE
 
@@ -46,7 +47,7 @@ class LiveCurves:
             self._draw()
 
     def _draw(self) -> None:
-        if self.waiting and not self.failed:  # said once, not after every epoch
+        if self.waiting and not self.failed and is_first():  # said once, not after every epoch
             began = time.perf_counter()
             name = self.path.parent.name
             self.failed = not style.draw(self.path, curves_figure, self.waiting, name, self.trained_with)

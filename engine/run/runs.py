@@ -26,6 +26,7 @@ from omegaconf import OmegaConf
 
 from engine import files, terminal
 from engine.config import ROOT, RUNS
+from engine.distributed import from_first, is_first, recalled, remember, restarts, world_size
 from engine.errors import Interrupted, RequestError, RunError, one_line, shortened
 from engine.run import trust
 from engine.terminal import log
@@ -38,7 +39,7 @@ COLUMNS = ("epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy", 
 def check_name(config: dict[str, Any]) -> None:
     """Refuse (RequestError) the name of a new run if it is taken, or would have to be quoted in a shell."""
     name = config["name"]
-    if name is None or config["resume"]:
+    if name is None or config["resume"] or not is_first() or restarts():  # the name may be taken by this run itself
         return
     sweep, _, own = name.rpartition("/")
     in_sweep = sweep and (RUNS / sweep / "sweep.json").is_file()  # a sweep's runs are named sweep/run
@@ -54,6 +55,21 @@ def check_plain(name: str) -> None:
         raise RequestError(f"name={shortened(name)}: expected {allowed}")
     if len(name) > LONGEST_NAME:
         raise RequestError(f"name={shortened(name)}: expected at most {LONGEST_NAME} characters, there are {len(name)}")
+
+
+def going_on(config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration; where torchrun has started the processes of a run anew, to go on with the run."""
+    known = recalled("run") if restarts() else None
+    return config if known is None else {**config, "resume": known, "changed": []}
+
+
+def opened(config: dict[str, Any]) -> Path:
+    """The directory of a run that begins or goes on, opened by the first process, with its log; told to all."""
+    directory = from_first(lambda: reopen(config) if config["resume"] else create(config))
+    start_log(directory / "train.log")
+    if is_first():
+        remember("run", str(directory))
+    return directory
 
 
 def create(config: dict[str, Any]) -> Path:
@@ -144,7 +160,7 @@ def save_config(directory: Path, config: dict[str, Any]) -> None:
 def close(directory: Path) -> None:
     """End a run that is finished: its log and its lock."""
     stop_log()
-    _locks.pop(directory).close()
+    _locks.pop(directory, io.StringIO()).close()  # of several processes only the first has it
     _made.discard(directory)
 
 
@@ -290,6 +306,9 @@ def start_log(file: Path) -> None:
     logging.raiseExceptions = False  # a full disk is told by what is lost, not by every line of the log
     log.propagate = False
     log.disabled = False  # Hydra's set-up of logging disables the loggers that were there before it
+    if not is_first():
+        log.addHandler(logging.NullHandler())
+        return
     to_terminal = logging.StreamHandler(sys.stdout)
     to_terminal.setLevel(logging.INFO)
     log.addHandler(to_terminal)
@@ -333,6 +352,8 @@ def environment() -> dict[str, Any]:
         except PackageNotFoundError:
             found[package] = "unknown"
     found["machine"] = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"
+    if world_size() > 1:
+        found["processes"] = world_size()
     return {**found, "git_commit": _git_commit()}
 
 

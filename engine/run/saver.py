@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import torch
 
 from engine.build import build
+from engine.distributed import Agreement, Rescue, from_first, is_first, world_size
 from engine.errors import Interrupted, RequestError, RunError, one_line, out_of_memory, shortened
 from engine.run import checkpoint
 from engine.run.runs import COLUMNS
@@ -27,10 +28,13 @@ from engine.terminal import log
 
 Item = TypeVar("Item")
 TRY = "try a lower learning rate (optimizer.lr), or clip_grad_norm=1"
+LOOK, SAVE, LEAVE = 1, 2, 100  # what is due; to leave for a signal is LEAVE and its number
 
 
 class Saver:
     """Writes best.pt and last.pt of a run, and stops it between two steps when a signal says so.
+
+    Several processes save and stop at the same step, whichever of them it is due in; the first one writes.
 
     Args:
         directory: the run's.
@@ -57,49 +61,71 @@ class Saver:
         self.every_steps = every_steps
         self.signal: int | None = None
         self._saved = self._looked = time.monotonic()
+        self._agreement = Agreement() if world_size() > 1 else None
+        self._rescue: Rescue | None = None
 
     def __enter__(self) -> Saver:
         """From here on Ctrl-C and SIGTERM wait for the end of the step, then save."""
         if threading.current_thread() is threading.main_thread():
+            self._rescue = Rescue() if self._agreement else None
             self._handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         """Put the signals' handlers back; that memory ran out becomes a RunError with the batch size to try."""
-        for number, handler in getattr(self, "_handlers", {}).items():
-            signal.signal(number, handler)
+        if self._rescue:
+            self._rescue.stop()
+        if kind is None and self._agreement:
+            self._agreement.heard()
+        if kind is None or not self._agreement:  # torchrun's signal to what is ending already shall not cut that off
+            for number, handler in getattr(self, "_handlers", {}).items():
+                signal.signal(number, handler)
         said = error and out_of_memory(error, self.about["config"]["batch_size"])
         if said:
             where = f"epoch {self.progress.epoch}, step {self.progress.batch + 1}"
             raise RunError(f"{where}: {said}; {self._last_good()}") from error
 
     def _on_signal(self, number: int, frame: object) -> None:
-        if self.signal is not None:  # a second time: leave at once; last.pt is whole at every moment
-            os._exit(128 + number)
+        if self.signal is not None and not self._agreement:  # torchrun tells a second time what a terminal has told
+            os._exit(128 + number)  # a second time: leave at once; last.pt is whole at every moment
         self.signal = number
 
     def after_step(self) -> None:
         """Save last.pt if it is time to; leave if told to. Costs a microsecond otherwise."""
-        now = time.monotonic()
-        if self.signal is not None:
-            self._leave(self.signal)
-        elif now - self._saved >= self.every_seconds or (
-            self.every_steps and self.progress.batch % self.every_steps == 0
-        ):
+        due = self._due() if self._agreement is None else self._agreement.heard()
+        if due > LEAVE:
+            self._leave(due - LEAVE)
+        elif due == SAVE or (self.every_steps and self.progress.batch % self.every_steps == 0):
             self.check_finite()
             self._save_last()
-        elif now - self._looked >= 1.0:  # looking waits for the device, so not at every step
+        elif due == LOOK:
             self.check_finite()
-            self._looked = now
+            self._looked = time.monotonic()
+        if self._agreement:
+            self._agreement.say(self._due())
+
+    def _due(self) -> int:
+        """What this process finds due by its clock or a signal, or 0."""
+        now = time.monotonic()
+        if self.signal is not None:
+            return LEAVE + self.signal
+        if now - self._saved >= self.every_seconds:
+            return SAVE
+        return LOOK if now - self._looked >= 1.0 else 0  # looking waits for the device, so not at every step
 
     def until_stopped(self, batches: Iterable[Item]) -> Iterator[Item]:
         """The batches of an evaluation, which leaves between two of them when told to."""
         for batch in batches:
-            if self.signal is not None:
-                self._leave(self.signal)
+            due = self._due() if self._agreement is None else self._agreement.heard()
+            if due > LEAVE:
+                self._leave(due - LEAVE)
+            if self._agreement:
+                self._agreement.say(self._due())
             yield batch
 
     def _leave(self, number: int) -> None:
+        if self._rescue:
+            self._rescue.stop()
         if self.progress.batch:  # between epochs last.pt is up to date, and the model may hold the best weights
             self.check_finite()
             self._save_last()
@@ -144,7 +170,7 @@ class Saver:
         Args:
             best: whether the epoch is the best so far; best.pt holds its weights and what evaluation needs.
         """
-        if best:
+        if best and is_first():
             state = {"model": self.parts["model"].state_dict(), "epoch": self.progress.best["epoch"]}
             checkpoint.write(self.best, {**self.about, **state, "metrics": self.progress.best})
         self._save_last()
@@ -152,7 +178,8 @@ class Saver:
     def _save_last(self) -> None:
         """Write last.pt of a state that `check_finite` found good, the one before it becomes previous.pt."""
         state = {**self.about, **{name: part.state_dict() for name, part in self.parts.items()}}
-        checkpoint.write(self.last, state, keep=self.previous)
+        if is_first():
+            checkpoint.write(self.last, state, keep=self.previous)
         self._saved = time.monotonic()
 
     def restore(self, changed: list[str], steps_per_epoch: int) -> None:
@@ -166,18 +193,10 @@ class Saver:
         Raises:
             RequestError: neither file can be used, or the data is not what the run was started with.
         """
-        if not self.last.exists() and not self.previous.exists():
+        saved = from_first(self._read)  # others may not reach the file
+        if saved is None:
             log.info("resumed  from the beginning: nothing had been saved yet")
             return
-        try:
-            saved = checkpoint.read(self.last)
-        except RequestError as error:
-            log.info(f"{error}: going on from {self.previous}, the one before")
-            saved = checkpoint.read(self.previous)
-        try:
-            check_saved(saved, self.parts["model"])
-        except (KeyError, ValueError, TypeError, AttributeError) as error:
-            raise RequestError(f"{self.last}: holds no run that can go on ({one_line(error)})") from None
         self._compare(saved, changed)
         try:
             self._load(saved, changed, steps_per_epoch)
@@ -190,6 +209,21 @@ class Saver:
             again = f" begins again from its first sample, with the weights of step {steps}" if steps else " is next"
             log.info(f"changed  {', '.join(changed)}; epoch {self.progress.epoch}{again}")
         log.info(f"resumed  in epoch {self.progress.epoch}, after {self.progress.batch} steps")
+
+    def _read(self) -> dict[str, Any] | None:
+        """What last.pt holds, or the one before it; None where neither is there."""
+        if not self.last.exists() and not self.previous.exists():
+            return None
+        try:
+            saved = checkpoint.read(self.last)
+        except RequestError as error:
+            log.info(f"{error}: going on from {self.previous}, the one before")
+            saved = checkpoint.read(self.previous)
+        try:
+            check_saved(saved, self.parts["model"])
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            raise RequestError(f"{self.last}: holds no run that can go on ({one_line(error)})") from None
+        return saved
 
     def _load(self, saved: dict[str, Any], changed: list[str], steps_per_epoch: int) -> None:
         optimizer = self.optimizer  # loading its state gives it other groups
@@ -220,10 +254,16 @@ class Saver:
                 "resume_changed=true goes on all the same"
             )
         before, now = saved["environment"], self.about["environment"]
-        names = [key for key in now if key != "git_commit" and before.get(key) != now[key]]
+        names = [key for key in now if key not in ("git_commit", "processes") and before.get(key) != now[key]]
         other = [f"{key} {shortened(str(before.get(key)))} -> {now[key]}" for key in names]
         if other:
             log.info(f"warning  {', '.join(other)} since the run was saved: the last bits may come out differently")
+        there, here = before.get("processes", 1), world_size()
+        if there != here:
+            log.info(
+                f"warning  processes {shortened(str(there))} -> {here} since the run was saved: dropout draws other "
+                "random numbers, and the last bits come out differently"
+            )
 
 
 def check_saved(saved: dict[str, Any], model: Any) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from engine.distributed import gathered, rank
 from engine.terminal import log
 
 
@@ -81,7 +82,7 @@ class RandomStates:
             "numpy": [torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, gauss],
             "python": random.getstate(),
         }
-        if torch.cuda.is_available():
+        if torch.cuda.is_initialized():  # to ask makes it so, which with device=cpu would take a GPU's memory
             state["cuda"] = torch.cuda.get_rng_state_all()
         if torch.backends.mps.is_available():
             state["mps"] = torch.mps.get_rng_state()
@@ -94,14 +95,30 @@ class RandomStates:
         np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), *rest))
         random.setstate(state["python"])
         saved = [f"cuda:{number}" for number in range(len(state.get("cuda", [])))] + ["mps"] * ("mps" in state)
-        here = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
-        here += ["mps"] * torch.backends.mps.is_available()
+        cuda = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+        mps = ["mps"] * torch.backends.mps.is_available()
         for number, of_device in enumerate(state.get("cuda", [])):
-            if f"cuda:{number}" in here:
+            if f"cuda:{number}" in cuda:
                 torch.cuda.set_rng_state(of_device, number)
-        if "mps" in saved and "mps" in here:
+        if "mps" in saved and mps:
             torch.mps.set_rng_state(state["mps"])
-        absent, new = [name for name in saved if name not in here], [name for name in here if name not in saved]
+        used = cuda * torch.cuda.is_initialized() + mps
+        absent, new = [name for name in saved if name not in cuda + mps], [name for name in used if name not in saved]
         told = ((absent, "not in this machine"), (new, "not saved"))
         if said := [f"{', '.join(names)}, {why}" for names, why in told if names]:
             log.info(f"warning  random states not restored: those of {', and of '.join(said)}; dropout may differ")
+
+
+class EveryRandomStates(RandomStates):
+    """Those of all processes, which have dropout of their own; state and loading are for all of them together."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The first process's states, and with them the others'."""
+        first, *others = gathered(super().state_dict())
+        return first | ({"others": others} if others else {})
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state_dict()`, as far as there were so many processes."""
+        states = [state, *state.get("others", [])]
+        if rank() < len(states):
+            super().load_state_dict(states[rank()])

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 from engine import files
 from engine.config import leaves
+from engine.distributed import is_first
 from engine.errors import RequestError, one_line
 from engine.terminal import log
 
@@ -56,7 +57,7 @@ class Trackers:
             next_epoch: the first epoch that will be told; later than 1 where a run is resumed.
         """
         self.directory = directory
-        chosen = config.get("logger") or {}
+        chosen = (config.get("logger") or {}) if is_first() else {}
         self.settings: dict[str, dict[str, Any]] = {name: chosen[name] or {} for name in KINDS if name in chosen}
         self.trackers: dict[str, Tracker] = {}
         for name, settings in self.settings.items():

@@ -42,7 +42,7 @@ class Bar:
         self.steps += 1
         now = time.perf_counter()
         if now >= self.next:
-            loss, accuracy = self.tally.read()
+            loss, accuracy = self.tally.read_own()
             rate = (self.tally.samples - self.before) / (now - self.began)
             lr = self.optimizer.param_groups[0]["lr"]
             text = f"loss {loss:.4f}, accuracy {accuracy:.2%}, lr {lr:.2g}, {rate:,.0f} images/s"

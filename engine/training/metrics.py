@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Iterator
 from statistics import NormalDist
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from engine.distributed import gathered, in_turn, is_first, lowest, total
 from engine.training.losses import WeightedCrossEntropy
 
 
@@ -18,10 +20,25 @@ def class_of(labels: Tensor) -> Tensor:
     return labels.argmax(1) if labels.ndim == 2 else labels
 
 
+class Share(NamedTuple):
+    """What the loss of this process's part of a micro-batch counts.
+
+    Attributes:
+        gradient: in the gradient of the step, a number or a tensor of one.
+        loss: in the loss of the micro-batch, the same; with one process all of it.
+        samples: of the micro-batch, in all processes together.
+    """
+
+    gradient: Any
+    loss: Any
+    samples: int
+
+
 class Tally:
     """Loss and accuracy of a training epoch; nothing here waits for the device until it is read.
 
     Micro-batches are put aside and counted many at a time: counting each would cost as much as a small model's layer.
+    What several processes counted is added up when it is read, or its state is taken, by all of them.
 
     Args:
         device: where they are counted.
@@ -36,26 +53,32 @@ class Tally:
 
     def reset(self) -> None:
         """Begin an epoch."""
-        self.samples = 0
+        self.samples = self.own = 0  # of all processes, of this one
         self.losses: list[Tensor] = []  # `[micro-batches]` each, on the device; all are kept, to name a bad one
         self.sizes: list[Tensor] = []  # as many, on the CPU: the samples of each
         self.correct = torch.zeros((), dtype=torch.int64, device=self.device)
-        self._aside: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._aside: list[tuple[Tensor, Tensor, Tensor, int]] = []
         self._logits = 0
 
-    def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """Count a micro-batch: its mean loss, logits `[batch, num_classes]` and labels."""
-        self._aside.append((loss.detach(), logits.detach(), labels))
-        self.samples += len(labels)
+    def add(self, loss: Tensor, logits: Tensor, labels: Tensor, share: Share | None = None) -> None:
+        """Count a micro-batch, or a process's share of it: its mean loss, logits `[batch, num_classes]` and labels."""
+        loss, samples = loss.detach(), len(labels) if share is None else share.samples
+        if samples > len(labels):
+            assert share is not None
+            loss = loss * share.loss if len(labels) else torch.zeros_like(loss)  # of no sample there is no mean
+        self._aside.append((loss, logits.detach(), labels, samples))
+        self.samples += samples
+        self.own += len(labels)
         self._logits += logits.numel()
         if self._logits > self.MOST:
             self._count()
 
     def _count(self) -> None:
         if self._aside:
-            losses, logits, labels = zip(*self._aside, strict=True)
-            self.losses.append(torch.stack(losses).float())
-            self.sizes.append(torch.tensor([len(y) for y in labels]))
+            losses, logits, labels, sizes = zip(*self._aside, strict=True)
+            together = torch.stack(losses)
+            self.losses.append(together if together.dtype == torch.float64 else together.float())
+            self.sizes.append(torch.tensor(sizes))
             self.correct += (torch.cat(logits).argmax(1) == class_of(torch.cat(labels))).sum()
             self._aside, self._logits = [], 0
 
@@ -70,24 +93,34 @@ class Tally:
     def first_bad_step(self) -> int | None:
         """The first step, from 0, whose loss is not a finite number. Waits for the device."""
         bad = (~self._counted()[0].isfinite()).nonzero()
-        return int(bad[0]) // self.accumulate if len(bad) else None
+        first = lowest(int(bad[0]) // self.accumulate if len(bad) else sys.maxsize)
+        return None if first == sys.maxsize else first
 
     def read(self) -> tuple[float, float]:
         """Mean loss and accuracy (0 to 1) over the samples so far. Waits for the device."""
         losses, sizes = self._counted()
-        return float((losses.double() * sizes).sum() / self.samples), int(self.correct) / self.samples
+        whole = total(torch.stack([(losses.double() * sizes).sum(), self.correct.cpu().double()]))
+        return float(whole[0] / self.samples), int(whole[1]) / self.samples
+
+    def read_own(self) -> tuple[float, float]:
+        """The same of this process's samples alone, for what is shown meanwhile."""
+        losses, sizes = self._counted()
+        own = max(1, self.own)
+        return float((losses.double() * sizes).sum() / own), int(self.correct) / own
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint in the middle of an epoch keeps."""
         losses, sizes = self._counted()
-        return {"losses": losses, "sizes": sizes, "correct": int(self.correct)}
+        return {"losses": total(losses.clone()), "sizes": sizes, "correct": int(total(self.correct.cpu().clone()))}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state_dict()`."""
+        """Go on from `state_dict()`; of several processes the first one goes on with what all have counted."""
         self.reset()
-        self.losses, self.sizes = [state["losses"].to(self.device)], [torch.as_tensor(state["sizes"])]
+        losses, self.sizes = state["losses"].to(self.device), [torch.as_tensor(state["sizes"])]
+        self.losses = [losses if is_first() else torch.zeros_like(losses)]
         self.samples = int(self.sizes[0].sum())
-        self.correct.fill_(state["correct"])
+        self.own = self.samples if is_first() else 0
+        self.correct.fill_(state["correct"] if is_first() else 0)
 
 
 class Mistakes:
@@ -119,6 +152,16 @@ class Mistakes:
     def _most_sure(self, images: Tensor, sure: Tensor) -> tuple[Tensor, Tensor]:
         places = sure.sort(descending=True, stable=True).indices[: self.keep]  # of equally sure ones the earlier
         return images[places], sure[places]
+
+    def gather(self) -> None:
+        """Take in what the others have met of several processes, each of which evaluates every so many-th batch."""
+        self.batches = in_turn([tuple(part.cpu() for part in batch) for batch in self.batches])
+        own = gathered(None if self.images is None else self.images.cpu())
+        images: list[Iterator[Tensor]] = [iter([] if kept is None else kept) for kept in own]  # as these are in order
+        process = torch.tensor([number % len(own) for number, batch in enumerate(self.batches) for _ in batch[0]])
+        sure = torch.cat([batch[2] for batch in self.batches])
+        first = sure.sort(descending=True, stable=True).indices[: self.keep]
+        self.images, self.sure = torch.stack([next(images[of]) for of in process[first].tolist()]), sure[first]
 
     def read(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Places, truths, predictions and probabilities `[n]` of all errors, and the images of the first.
@@ -159,6 +202,15 @@ class Ranking:
             others = shifted.exp().scatter(1, logits.argmax(1, keepdim=True), 0.0).sum(1, keepdim=True)
             self.scores.append(shifted - others.log1p())
 
+    def gather(self) -> None:
+        """Take in what the others have met of several processes, each of which evaluates every so many-th batch."""
+        self.batches = in_turn([(truths.cpu(), ranks.cpu()) for truths, ranks in self.batches])
+        self._count = sum(gathered(self._count))
+        if self._count > self.MOST:
+            self.scores = None
+        elif self.scores is not None:
+            self.scores = in_turn([scores.cpu() for scores in self.scores])
+
     def read(self) -> tuple[Tensor, Tensor]:
         """True classes, and how many classes the model puts before them, int64 `[n]` each, on the CPU. Waits."""
         truths, ranks = (torch.cat(parts).cpu() for parts in zip(*self.batches, strict=True))
@@ -188,6 +240,13 @@ class Ranking:
         return areas
 
 
+def added_up(losses: list[Tensor], sizes: list[int]) -> Tensor:
+    """The sum of the losses of all samples, and how many there are, float64 `[2]`, of mean losses of batches."""
+    weights = torch.tensor(sizes, dtype=torch.float64)
+    loss = (torch.stack(losses).cpu().double() * weights).sum() if losses else torch.zeros((), dtype=torch.float64)
+    return torch.stack([loss, weights.sum()])
+
+
 @torch.inference_mode()
 def evaluate(
     model: nn.Module,
@@ -200,7 +259,8 @@ def evaluate(
     """Mean cross-entropy in nats, and the confusion matrix, of a model over batches.
 
     The loss is plain cross-entropy whatever the training criterion, so that runs can be compared. `mistakes` and
-    `ranking`, if given, take in every batch; `batch_losses` gets the mean loss of each.
+    `ranking`, if given, take in every batch; `batch_losses` gets the mean loss of each. Of several processes each
+    evaluates its own samples, and loss and counts are those of all; a batch may have no sample of this process.
 
     Returns:
         loss, and counts int64 `[num_classes, num_classes]` on the CPU, rows the true class, columns the predicted.
@@ -211,6 +271,8 @@ def evaluate(
     sizes: list[int] = []
     confusion = None
     for images, labels in batches:
+        if not len(images):
+            continue
         logits = model(images)
         losses.append(nn.functional.cross_entropy(logits, labels))
         sizes.append(len(images))
@@ -223,11 +285,11 @@ def evaluate(
         if ranking is not None:
             ranking.add(logits, labels)
     model.train(training)
-    if confusion is None:
+    sums = total(added_up(losses, sizes))
+    if not sums[1]:
         raise ValueError("no batch to evaluate")
-    weights = torch.tensor(sizes, dtype=torch.float64)
-    loss = (torch.stack(losses).cpu().double() * weights).sum() / weights.sum()
-    return float(loss), confusion.view(num_classes, num_classes).cpu()
+    counts = torch.zeros(num_classes * num_classes, dtype=torch.int64) if confusion is None else confusion.cpu()
+    return float(sums[0] / sums[1]), total(counts).view(num_classes, num_classes)
 
 
 def loss_name(criterion: nn.Module, target_transform: str | None = None, mixed: bool = False) -> str | None:

@@ -4,29 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from copy import deepcopy
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from engine.distributed import as_first, own_slice, rank, total, world_size
 from engine.errors import RequestError, counted
 from engine.terminal import log
 from engine.training.losses import WeightedCrossEntropy
+from engine.training.metrics import Share
+from engine.training.parallel import Parallel
 from engine.training.transfer import Frozen
 
 
 class Step:
     """What belongs to a step: optimizer, precision and its gradient scaler, schedule, averaged weights.
 
+    With several processes each computes the gradients of its own samples, and `backward` adds them up: the weights
+    are the same in all.
+
     Args:
         model: on the device.
         optimizer: of its parameters.
         schedule: sets the optimizer's learning rate, has `step()`.
         device: of both.
-        batch_size: samples that go through the model at once; a step collects several of these micro-batches.
+        batch_size: samples that go through the model at once, in all processes together; a step collects several of
+            these micro-batches.
         precision: "fp32", "bf16" or "fp16", as `choose_precision` gives it.
         clip_grad_norm: the gradient is scaled down to this norm where it is larger; None leaves it.
         ema_decay: share of the averaged weights that a step keeps; None averages nothing.
@@ -51,11 +59,18 @@ class Step:
         self.frozen = frozen or Frozen(model, None)
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self.skipped = 0  # steps of the epoch whose gradients were no finite numbers, which only fp16 passes over
+        self.moved = True  # whether the optimizer made the last step; to ask the scale would wait for the device
+        if self.scaler.is_enabled():
+            optimizer.register_step_post_hook(lambda *_: setattr(self, "moved", True))
         # Averages of the weights (Polyak and Juditsky, 1992), batch norm's statistics as they are.
-        average = None if ema_decay is None else AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema_decay))
-        self.average = average
+        self.average = None if ema_decay is None else get_ema_multi_avg_fn(ema_decay)
+        self.averaged = 0  # steps in the averages
         #: What is evaluated and kept in checkpoints: the averaged weights, or the model itself.
-        self.evaluated: nn.Module = average.module if average else model
+        self.evaluated: nn.Module = deepcopy(model) if self.average else model
+        self.world_size = world_size()
+        self._parallel: Parallel | None = None  # how several processes call the model
+        self._learning: list[bool] = []  # which parameters learn there
+        self._is_last = True  # of the micro-batches of a step
 
     def compile(self) -> None:
         """Compile the forward pass of training and of evaluation in place, so that parameters keep their names.
@@ -66,38 +81,75 @@ class Step:
         for module in {self.model, self.evaluated}:
             plain = module.forward
             fast = torch.compile(plain, dynamic=False)
-            module.forward = partial(_by_size, fast, plain, self.batch_size)
+            module.forward = partial(_by_size, fast, plain, self._own_size(self.batch_size))
 
     def train(self, epoch: int) -> None:
         """Put the model into training mode for an epoch, from 1, but for what is frozen in it."""
         self.model.train()
         self.frozen.hold(epoch)
+        learning = [parameter.requires_grad for parameter in self.model.parameters()]
+        if learning != self._learning:
+            self._parallel, self._learning = None, learning
 
     def micro_batches(
-        self, images: Tensor, labels: Tensor, criterion: nn.Module
-    ) -> Iterator[tuple[Tensor, Tensor, Any]]:
+        self, images: Tensor, labels: Tensor, criterion: nn.Module, samples: int | None = None
+    ) -> Iterator[tuple[Tensor, Tensor, Share]]:
         """The batch of a step in parts that go through the model at once, each with its share of the step's loss.
 
         The shares make the sum of the parts' losses the loss of the whole, whatever their sizes; of one part it is 1.
+        `samples` are those of the whole batch, where this process has but some of them.
         """
-        if len(labels) <= self.batch_size:
-            yield images, labels, 1.0
-            return
-        whole = weight_of(criterion, labels)
-        for x, y in zip(images.split(self.batch_size), labels.split(self.batch_size), strict=True):
-            yield x, y, weight_of(criterion, y) / whole if mean_of(criterion) else 1.0
+        if self.world_size > 1:
+            yield from self._own_parts(images, labels, criterion, len(labels) if samples is None else samples)
+        elif len(labels) <= self.batch_size:
+            yield images, labels, Share(1.0, 1.0, len(labels))
+        else:
+            whole = weight_of(criterion, labels)
+            for x, y in zip(images.split(self.batch_size), labels.split(self.batch_size), strict=True):
+                yield x, y, Share(weight_of(criterion, y) / whole if mean_of(criterion) else 1.0, 1.0, len(y))
+
+    def _own_parts(
+        self, images: Tensor, labels: Tensor, criterion: nn.Module, samples: int
+    ) -> Iterator[tuple[Tensor, Tensor, Share]]:
+        """The same of a process that has a slice of every micro-batch, of which there are `samples` in all."""
+        sizes = [min(self.batch_size, samples - first) for first in range(0, samples, self.batch_size)]
+        own = [self._own_size(size) for size in sizes]
+        parts = list(zip(images.split(own), labels.split(own), strict=True))
+        weights: list[Any] = [1.0 for _ in parts]  # of a sum each part counts as it is
+        wholes, in_all = weights, 1.0
+        if mean_of(criterion):
+            weights = [weight_of(criterion, y) for _, y in parts]
+            is_counted = isinstance(weights[0], int)  # else labels decide, some of which are in other processes
+            wholes = sizes if is_counted else list(total(torch.stack(weights)).unbind())
+            in_all = sum(wholes)
+        for place, (x, y) in enumerate(parts):
+            self._is_last = place == len(parts) - 1
+            gradient = weights[place] / in_all * self.world_size  # as DDP takes the mean over the processes
+            yield x, y, Share(gradient, weights[place] / wholes[place], sizes[place])
+
+    def _own_size(self, count: int) -> int:
+        """Samples of this process of a micro-batch of so many."""
+        own = own_slice(count, rank(), self.world_size)
+        return own.stop - own.start
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits of images in the chosen precision, as float32 for the loss."""
         if self.precision == "fp32":
-            return self.model(images)
+            return self._call(images)
         with autocast(self.device, self.precision):
-            return self.model(images).float()
+            return self._call(images).float()
 
-    def backward(self, loss: Tensor, share: Any = 1.0) -> None:
+    def _call(self, images: Tensor) -> Tensor:
+        if self.world_size == 1:
+            return self.model(images)
+        if self._parallel is None:
+            self._parallel = Parallel(self.model, images.shape[1:])
+        return self._parallel(images, self._is_last)
+
+    def backward(self, loss: Tensor, share: Share) -> None:
         """Add the gradients of a part's loss, times its share of the step."""
-        if isinstance(share, Tensor) or share != 1.0:  # comparing a tensor would wait for the device
-            loss = loss * share
+        if isinstance(share.gradient, Tensor) or share.gradient != 1.0:  # comparing a tensor would wait for the device
+            loss = loss * share.gradient
         self.scaler.scale(loss).backward()
 
     def update(self) -> None:
@@ -108,19 +160,33 @@ class Step:
         if self.clip:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
-        scale = self.scaler.get_scale()
+        self.moved = not self.scaler.is_enabled()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
-        if self.scaler.get_scale() < scale:
+        if not self.moved:
             self.skipped += 1
             return
         self.schedule.step()
         if self.average:
-            self.average.update_parameters(self.model)
+            self._average(self.average)
 
-    def tell_skipped(self) -> None:
-        """Say how many steps of the epoch were passed over, and count anew."""
+    @torch.no_grad()
+    def _average(self, average: Callable[..., None]) -> None:
+        """What torch's AveragedModel does, but that copies its count to the device each time, and waits for it."""
+        averages: list[Tensor] = [*self.evaluated.parameters()]
+        parameters: list[Tensor] = [*self.model.parameters()]
+        if self.averaged:
+            average(averages, parameters, None)
+        else:
+            torch._foreach_copy_(averages, parameters)
+        for kept, buffer in zip(self.evaluated.buffers(), self.model.buffers(), strict=True):
+            kept.copy_(buffer)
+        self.averaged += 1
+
+    def end_epoch(self) -> None:
+        """Evaluate the same in every process; say how many steps of the epoch were passed over, and count anew."""
+        as_first(self.evaluated.buffers())  # batch norm's statistics
         if self.skipped:
             steps = counted(self.skipped, "step")
             log.info(f"fp16     {steps} skipped, with gradients that are no finite numbers; the scale is lower now")
@@ -130,7 +196,7 @@ class Step:
         """What the optimizer, the schedule and the evaluated weights, which are parts of their own, leave out."""
         state: dict[str, Any] = {"skipped": self.skipped, "scaler": self.scaler.state_dict()}
         if self.average:
-            state |= {"weights": self.model.state_dict(), "averaged": int(self.average.n_averaged)}
+            state |= {"weights": self.model.state_dict(), "averaged": self.averaged}
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -140,8 +206,7 @@ class Step:
             self.scaler.load_state_dict(state["scaler"])
         if "weights" in state or self.average:
             self.model.load_state_dict(state.get("weights") or self.evaluated.state_dict())
-        if self.average:
-            self.average.n_averaged.fill_(state.get("averaged", 0))
+        self.averaged = state.get("averaged", 0)
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[None]:

@@ -17,6 +17,7 @@ from torch.nn.parameter import is_lazy
 
 from engine.data.batches import Batches
 from engine.data.images import ImageFiles
+from engine.distributed import own_slice
 from engine.errors import RequestError, RunError, cause, counted, one_line, out_of_memory
 from engine.run.saver import state_names
 from engine.run.state import RandomStates
@@ -60,8 +61,8 @@ def try_step(
     with torch.no_grad():
         _forward(model, torch.zeros(1, *input_shape, device=batches.device), num_classes)
     size = batches.micro_batch_size
-    largest = min(size, batches.num_samples)
-    last = batches.num_samples % size or largest
+    wholes = min(size, batches.num_samples), batches.num_samples % size or min(size, batches.num_samples)
+    largest, last = (_own_part(count, batches) for count in wholes)
     with _no_trace(model, criterion):
         with _told(f"optimizer {optimizer['_target_']} cannot make a step", largest):
             state_names(optimizer)
@@ -70,13 +71,22 @@ def try_step(
         model.train()
         _step(model, criterion, images, make_labels, num_classes, precision)
         try:
-            if last != largest:
+            if wholes[0] != wholes[1]:
                 _step(model, criterion, images[:last], make_labels, num_classes, precision)
         except RequestError as error:
+            of, way_out = "", "drop_last=true"
+            if batches.world_size > 1:
+                of, way_out = " in one of the processes", "sync_batchnorm=true where it is batch norm, drop_last=true"
             raise RequestError(
-                f"batch_size={size}: the last batch of {batches.num_samples:,} samples holds {last}: "
-                f"{error}; take drop_last=true or another batch_size"
+                f"batch_size={size}: the last batch of {batches.num_samples:,} samples holds {last}{of}: "
+                f"{error}; take {way_out} or another batch_size"
             ) from error
+
+
+def _own_part(count: int, batches: Batches) -> int:
+    """This process's part of a micro-batch; where it has none, one image stands for it."""
+    own = own_slice(count, batches.rank, batches.world_size)
+    return max(1, own.stop - own.start)
 
 
 def _forward(model: nn.Module, images: Tensor, num_classes: int, precision: str = "fp32") -> Tensor:
@@ -110,7 +120,7 @@ def _step(
         loss.backward()
         tally = Tally(device)
         tally.add(loss, logits, labels)
-        tally.read()
+        tally.read_own()
 
 
 def _label_maker(criterion: nn.Module, batches: Batches, num_classes: int) -> Callable[[int], Tensor]:

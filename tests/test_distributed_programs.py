@@ -1,0 +1,94 @@
+"""evaluate.py and predict.py in several processes print and write what one process prints and writes."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import processes
+import pytest
+from PIL import Image
+from torch.distributed import TCPStore
+
+
+def as_rank(told: str) -> None:
+    os.environ |= json.loads(told)
+
+
+def several(count: int, entry: str, *words: str, cwd: Path) -> list[processes.Command]:
+    """A command in so many processes, as torchrun starts them, all in the same folder; waits for their end."""
+    port = processes.free_port()
+    store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)  # torchrun's, which outlives them
+    commands = []
+    for rank in range(count):
+        told = {**processes.environment(rank, count, port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+        folder = cwd / f"rank_{rank}"
+        commands.append(processes.start(entry, *words, cwd=folder, before=as_rank, argument=json.dumps(told)))
+    for command in commands:
+        command.wait()
+    del store
+    return commands
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with two runs of a small CNN, and ten images of which one cannot be read."""
+    folder = tmp_path_factory.mktemp("trained")
+    for name in ("one", "two"):
+        words = ["model=cnn", "model.width=4", "epochs=1", "dataset.limit=300", f"name={name}", f"seed={len(name)}"]
+        assert processes.run("train", *words, f"optimizer.lr={0.1 if name == 'one' else 0.02}", cwd=folder).wait() == 0
+    (folder / "3").mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (10, 8, 8), dtype=np.uint8)
+    for number, image in enumerate(pixels):
+        Image.fromarray(image).save(folder / "3" / f"{number}.png")
+    (folder / "3" / "7.png").write_bytes(b"no image")
+    yield folder
+
+
+EVALUATIONS = {
+    "one checkpoint": ["checkpoint={0}/checkpoints/one/best.pt", "batch_size=8", "dataset.limit=50"],
+    "two of them": ["checkpoint=[{0}/checkpoints/one/best.pt,{0}/checkpoints/two/best.pt]", "dataset.limit=50"],
+    "fewer samples than processes": ["checkpoint={0}/checkpoints/one/best.pt", "dataset.limit=2"],
+    "mirrored": ["checkpoint={0}/checkpoints/one/best.pt", "batch_size=10", "tta=flip", "split=val"],
+}
+
+
+@pytest.mark.parametrize("name", EVALUATIONS)
+def test_evaluation_comes_to_the_same_to_the_last_bit(trained: Path, tmp_path: Path, name: str) -> None:
+    words = [word.format(trained) for word in EVALUATIONS[name]]
+    outputs = [tmp_path / part / "evaluation.json" for part in ("alone", "together")]
+    for output in outputs:
+        output.parent.mkdir()
+    alone = processes.run("evaluate", *words, f"output={outputs[0]}", cwd=tmp_path)
+    together = several(3, "evaluate", *words, f"output={outputs[1]}", cwd=tmp_path)
+    assert alone.wait() == 0 and [command.wait() for command in together] == [0, 0, 0], together[0].err
+    assert together[0].out.replace("together", "alone") == alone.out
+    assert all(not command.out for command in together[1:]) and not any(command.err for command in together)
+    written = sorted(path.name for path in outputs[0].parent.iterdir())
+    assert written == sorted(path.name for path in outputs[1].parent.iterdir()) and "evaluation.json" in written
+    for file in written:
+        assert (outputs[0].parent / file).read_bytes() == (outputs[1].parent / file).read_bytes(), file
+
+
+@pytest.mark.parametrize("batch_size", [2, 100])
+def test_predictions_come_in_order(trained: Path, tmp_path: Path, batch_size: int) -> None:
+    words = [f"checkpoint={trained}/checkpoints/one/best.pt", f"images={trained}/3", f"batch_size={batch_size}"]
+    outputs = [tmp_path / f"{part}.csv" for part in ("alone", "together")]
+    alone = processes.run("predict", *words, f"output={outputs[0]}", cwd=tmp_path)
+    together = several(3, "predict", *words, f"output={outputs[1]}", cwd=tmp_path)
+    assert alone.wait() == 1 and [command.wait() for command in together] == [1, 1, 1]  # one image cannot be read
+    assert alone.out.count("\n") == 10 and together[0].out == alone.out
+    said = sorted(line for command in together for line in command.err.splitlines())
+    assert [line.replace("together", "alone") for line in said] == sorted(alone.err.splitlines())
+    assert outputs[0].read_bytes() == outputs[1].read_bytes()
+
+
+@pytest.mark.parametrize("entry", ["evaluate", "predict"])
+def test_a_wrong_request_is_told_once(trained: Path, tmp_path: Path, entry: str) -> None:
+    words = [f"images={trained}/3"] if entry == "predict" else []
+    commands = several(3, entry, f"checkpoint={tmp_path}/none.pt", *words, cwd=tmp_path)
+    assert [command.wait() for command in commands] == [2, 2, 2]
+    assert "".join(command.err for command in commands) == f"error: {tmp_path}/none.pt: no such checkpoint\n"

@@ -1,0 +1,183 @@
+"""Several processes of one run, as torchrun starts them: one directory, one line, one decision for all."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import processes
+import pytest
+import torch
+from conftest import Call
+from processes import Command, start_several
+
+Launch = dict[str, str]
+
+
+@pytest.fixture
+def launch() -> Iterator[Launch]:
+    with processes.launcher() as variables:
+        yield variables
+
+
+def ended(commands: list[Command]) -> tuple[list[int], str]:
+    """The exit codes, and what all have said on standard error."""
+    codes = [command.wait() for command in commands]
+    return codes, "".join(command.err for command in commands)
+
+
+def last(run: Path) -> dict:
+    return torch.load(run / "last.pt", weights_only=True)
+
+
+def test_a_launch_is_one_run(tmp_path: Path, call: Call, launch: Launch) -> None:
+    """The first process starts last, two seconds after the others."""
+    arguments = ["batch_size=8", "device=cpu", "dataset.limit=103", "epochs=2", "model=cnn", "name=run"]
+    commands = start_several(3, *arguments, cwd=tmp_path, launch=launch, apart=1)
+    assert ended(commands) == ([0, 0, 0], "")
+    assert commands[1].out == commands[2].out == ""
+    said = commands[0].out.splitlines()
+    assert "device   cpu, 3 processes" in said
+    assert "norm     batch norm sees each process's part of a batch; sync_batchnorm=true lets it see the whole" in said
+    run = tmp_path / "checkpoints" / "run"
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["latest", "run"]
+    rows = (run / "metrics.csv").read_text().splitlines()
+    assert rows[0].startswith("epoch,") and [row.split(",")[0] for row in rows] == ["epoch", "1", "2"]
+    assert (run / "train.log").read_text().count("epoch 2/2") == 1
+    assert json.loads((run / "summary.json").read_text())["processes"] == 3
+
+    found = last(run)
+    assert len(found["random"]["others"]) == 2 and not any(name.startswith("module.") for name in found["model"])
+    states = [found["random"]["torch"], *(other["torch"] for other in found["random"]["others"])]
+    assert len({tuple(state.tolist()) for state in states}) == 3  # dropout drew from numbers of their own
+
+    test = next(line for line in said if line.startswith("test "))
+    accuracy = test.split("accuracy ")[1].split(",")[0]
+    assert f"accuracy {accuracy}, loss" in call("evaluate", "checkpoint=checkpoints/run/best.pt", "device=cpu").out
+
+    on = call("train", "resume=checkpoints/run", "epochs=3")
+    assert on.code == 0 and "warning  processes 3 -> 1 since the run was saved: dropout draws other" in on.out
+
+
+def test_a_signal_to_one_stops_all_at_the_same_step(tmp_path: Path, launch: Launch) -> None:
+    arguments = ["dataset.limit=101", "device=cpu", "epochs=10000", "checkpoint.every_steps=3", "name=run"]
+    commands = start_several(2, *arguments, cwd=tmp_path, launch=launch)
+    run = tmp_path / "checkpoints" / "run"
+    while not (run / "last.pt").exists():
+        time.sleep(0.05)
+    os.kill(commands[1].pid, signal.SIGTERM)
+    codes, said = ended(commands)
+    assert codes == [143, 143]
+    assert said.startswith("error: stopped by SIGTERM in epoch ") and said.count("\n") == 1
+    progress = last(run)["progress"]
+    assert f"in epoch {progress['epoch']}, step {progress['batch']};" in said
+    assert json.loads((run / "end.json").read_text()) == {"state": "stopped", "reason": said[len("error: ") : -1]}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["batch_size=1"], "batch_size=1: fewer samples than the 2 processes that share them; take batch_size=2 or"),
+        (["device=cuda"], "device=cuda: 2 processes here and 0 GPUs; --nproc-per-node=1, or device=cpu"),
+        (["-m", "seed=0,1"], "torchrun starts the processes of one run, a sweep (-m, hparams_search=) starts runs;"),
+        (["model=cnn", "batch_size=8"], "batch_size=8: the last batch of 99 samples holds 1 in one of the processes: "),
+        (["optimizer.lr=-1"], "optimizer.lr=-1: expected a number > 0"),
+    ],
+)
+def test_a_wrong_request_is_told_once(tmp_path: Path, launch: Launch, arguments: list[str], says: str) -> None:
+    if "device=cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("there are GPUs")
+    common = ["dataset.limit=99"] + ["device=cpu"] * ("device=cuda" not in arguments)
+    codes, said = ended(start_several(2, *common, *arguments, cwd=tmp_path, launch=launch))
+    assert codes[0] == 2 and codes[1] in (1, 2)  # torchrun ends the others, where they do not find it themselves
+    assert said.startswith(f"error: {says}") and said.count("\n") == 1
+    assert not any((tmp_path / "checkpoints").glob("[!.]*"))
+
+
+def test_processes_that_were_asked_for_different_things(tmp_path: Path) -> None:
+    """Of which no launcher keeps the store, but the first one."""
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(processes.free_port())}
+    commands = [
+        processes.start("train", f"seed={rank}", cwd=tmp_path, variables=address | processes.numbers(rank, 2))
+        for rank in range(2)
+    ]
+    codes, said = ended(commands)
+    assert codes == [2, 2] and said.count("\n") == 1
+    assert "with different settings: seed is 0 in rank 0, 1 in rank 1; start them all with the same" in said
+
+
+def test_a_port_that_is_taken(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        command = processes.start("train", cwd=tmp_path, variables=address | processes.numbers(0, 2))
+        assert command.wait() == 2
+    assert command.err == f"error: MASTER_PORT={port}: another program uses it; choose another port\n"
+
+
+def test_a_failure_of_one_ends_all_with_one_line(tmp_path: Path, launch: Launch) -> None:
+    """An image that cannot be read, of which only the process knows that has it in its slice."""
+    from PIL import Image
+
+    for number in range(24):
+        file = tmp_path / "pictures" / ("train" if number < 18 else "test") / "ab"[number % 2] / f"{number:02}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), 10 * number).save(file)
+    (tmp_path / "pictures" / "train" / "b" / "13.png").write_bytes(b"no picture")
+    data = ["dataset=image_folder", "dataset.root=pictures", "dataset.val_fraction=0", "num_workers=0", "shuffle=false"]
+    for phase in ("train", "eval"):
+        data.append(f"dataset.{phase}_transforms=[{{Resize: {{size: [8, 8]}}}}]")
+    codes, said = ended(start_several(2, *data, "device=cpu", "name=run", cwd=tmp_path, launch=launch))
+    assert codes == [1, 1] and said.count("\n") == 1
+    assert said.startswith("error: pictures/train/b/13.png: ")
+    end = json.loads((tmp_path / "checkpoints" / "run" / "end.json").read_text())
+    assert end == {"state": "failed", "reason": said[len("error: ") : -1]}  # as the other process told the first one
+
+
+def test_the_run_goes_on_where_processes_are_started_anew(tmp_path: Path, launch: Launch) -> None:
+    """As torchrun does after one of them was killed; what comes out is what comes of a run that nobody disturbed."""
+    common = ["dataset.limit=101", "device=cpu", "batch_size=8", "model.dropout=0.3", "checkpoint.every_steps=5"]
+    few = [*common, "epochs=3", "model.hidden=[16]"]
+    assert ended(start_several(3, *few, "name=calm", cwd=tmp_path, launch=launch)) == ([0, 0, 0], "")
+    with processes.launcher() as other:
+        before = start_several(3, *few, "name=run", cwd=tmp_path, launch=other, before=die, argument="1 20")
+        codes, said = ended(before)
+        assert codes == [1, -signal.SIGKILL, 1]
+        assert said.count("\n") == 1 and "has lost another process, which said nothing: it was killed" in said
+        anew = other | {"TORCHELASTIC_RESTART_COUNT": "1"}
+        after = start_several(3, *few, "name=run", cwd=tmp_path, launch=anew)
+        assert ended(after) == ([0, 0, 0], "")
+    assert "resumed  in epoch 2, after 5 steps" in after[0].out
+    runs = tmp_path / "checkpoints"
+    assert sorted(path.name for path in runs.iterdir()) == ["calm", "latest", "run"]
+    calm, disturbed = last(runs / "calm"), last(runs / "run")
+    assert all(torch.equal(tensor, disturbed["model"][name]) for name, tensor in calm["model"].items())
+    assert (runs / "run" / "metrics.csv").read_text().count("epoch") == 1
+
+
+def die(argument: str) -> None:
+    """The process of a rank is killed in a step."""
+    from engine.training.step import Step
+
+    rank, number = map(int, argument.split())
+    update, steps = Step.update, iter(range(number))
+
+    def or_die(step: Step) -> None:
+        if os.environ["RANK"] == str(rank) and next(steps, None) is None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        update(step)
+
+    Step.update = or_die  # type: ignore[method-assign]
+
+
+def test_what_ended_for_good_is_not_told_again(tmp_path: Path, launch: Launch) -> None:
+    assert ended(start_several(2, "epochs=0", cwd=tmp_path, launch=launch))[0] == [2, 2]
+    anew = launch | {"TORCHELASTIC_RESTART_COUNT": "1"}
+    assert ended(start_several(2, "epochs=0", cwd=tmp_path, launch=anew)) == ([2, 2], "")
