@@ -447,9 +447,7 @@ def measure_listing(count: int, rounds: int) -> None:
             print(f"{after:.0f} bytes kept an image, {most:.0f} at most meanwhile")
         print(f"all that a run does with the folder before its first batch: {statistics.median(times['start']):.2f} s")
         by_hand, times_that = statistics.median(times["by hand"]), ratio(times["csv"], times["by hand"])
-        print(
-            f"a short program that looks each row up in a set of all files: {by_hand:.2f} s; here {times_that:.2f} times"
-        )
+        print(f"a short program that looks each row up in a set of files: {by_hand:.2f} s; here {times_that:.2f} times")
 
 
 def main() -> None:
