@@ -409,6 +409,7 @@ def test_a_file_is_there_or_not_however_its_name_is_written(photos, monkeypatch)
         (NUMBERS + "7.png,-1\n", {"classes": ["a", "b"]}, r"row 9: label '-1'"),
         (NAMES + "7.png;cow\n", {"classes": ["cat", "dog"]}, r"row 9: label 'cow'; expected one of cat, dog"),
         (NUMBERS + "7.png,1000000\n", {}, r"row 9: label 1000000 would make"),
+        ("file,label\n" + NUMBERS + "7.png,1000000\n", {}, r"row 10: label 1000000 would make"),
         (NUMBERS + "7.png\n", {}, r"row 9: .*expected a file name and a label"),
         (NUMBERS + "7.png,\n", {}, r"row 9: .*expected a file name and a label"),
         ("", {}, r"labels\.csv: lists no image"),

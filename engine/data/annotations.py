@@ -84,8 +84,8 @@ def read_annotations(file: str, img_dir: str) -> Annotations:
     """
     if not Path(img_dir).is_dir():
         raise RequestError(f"dataset.img_dir={shown(img_dir)}: no such folder")
-    reader = _reader(file)
-    names, of_folder = list[str](), defaultdict[str, list[str]](list)
+    reader, top = _reader(file), os.path.join(img_dir, "")
+    paths, of_folder = list[str](), defaultdict[str, list[str]](list)
     labels, numbers = list[int](), defaultdict[str, int](count().__next__)
     try:
         for rows in (islice(reader, FIRST), reader):
@@ -95,42 +95,41 @@ def read_annotations(file: str, img_dir: str) -> Annotations:
                         found = f"{_cut(str(cells))}; expected a file name and a label"
                         raise RequestError(f"{shown(file)}, row {reader.line_num}: {found}")
                     continue
-                names.append(name)
-                of_folder[name[: name.rfind("/") + 1]].append(name)
+                path = name if name.startswith("/") else top + name
+                paths.append(path)
+                of_folder[path[: path.rfind("/") + 1]].append(path)
                 labels.append(numbers[label])
-            if not any(os.path.isfile(os.path.join(img_dir, name)) for name in names):
+            if not any(map(os.path.isfile, paths)):
                 break  # the names or the folder are wrong, and the rest would tell nothing new
     except csv.Error as error:
         raise RequestError(f"{shown(file)}, row {reader.line_num}: {one_line(error)}") from None
-    gone = _gone(of_folder, img_dir)
-    missing = [place for place, name in enumerate(names) if name in gone] if gone else []
-    header = int(missing[:1] == [0] and not names[0].lower().endswith(EXTENSIONS) and labels.count(0) == 1)
-    if len(names) == header:
+    gone = _gone(of_folder)
+    missing = [place for place, path in enumerate(paths) if path in gone] if gone else []
+    header = int(missing[:1] == [0] and not paths[0].lower().endswith(EXTENSIONS) and labels.count(0) == 1)
+    if len(paths) == header:
         raise RequestError(f"{shown(file)}: lists no image; expected rows of file name and label")
     if missing := missing[header:]:
-        path = os.path.join(img_dir, names[missing[0]])
+        path = paths[missing[0]]
         others = f", nor are those of {len(missing) - 1:,} other row{'s' * (len(missing) > 2)}" if missing[1:] else ""
         ending = next((ending for ending in EXTENSIONS if os.path.isfile(path + ending)), None)
         way_out = f"write names with their ending ({ending})" if ending else "correct the name, or dataset.img_dir"
         raise RequestError(f"{_row(file, missing[0])}: {shown(path)} is not there{others}; {way_out}")
-    start = os.path.join(img_dir, "")
-    paths = Paths.of(name if name.startswith("/") else start + name for name in names[header:])
-    return Annotations(file, header, paths, [*numbers][header:], np.array(labels[header:]) - header)
+    return Annotations(file, header, Paths.of(paths[header:]), [*numbers][header:], np.array(labels[header:]) - header)
 
 
-def _gone(of_folder: dict[str, list[str]], img_dir: str) -> set[str]:
-    """Of names by their folders those that no file in `img_dir` has.
+def _gone(of_folder: dict[str, list[str]]) -> set[str]:
+    """Of paths by their folders those that lead to no file.
 
     Folders are listed, as asking for each file takes several times as long. What does not turn up among the first
     entries is asked for: a folder may hold far more than is wanted of it, or not tell capitals from small letters.
     """
     gone = set[str]()
-    for folder, names in watched(of_folder.items(), "looking for the images", len(of_folder)):
-        left = set(names)
-        with suppress(OSError, ValueError), os.scandir(os.path.join(img_dir, folder)) as entries:
-            few = islice(entries, LISTED * len(names))
+    for folder, paths in watched(of_folder.items(), "looking for the images", len(of_folder)):
+        left = set(paths)
+        with suppress(OSError, ValueError), os.scandir(folder) as entries:
+            few = islice(entries, LISTED * len(paths))
             left.difference_update([folder + entry.name for entry in few if entry.is_file()])
-        gone.update(name for name in left if not os.path.isfile(os.path.join(img_dir, name)))
+        gone.update(path for path in left if not os.path.isfile(path))
     return gone
 
 
