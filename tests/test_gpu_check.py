@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py, as far as a CPU can tell: it finds the mistake that it is there for, and says what it cannot do."""
+"""benchmarks/gpu.py, as far as a CPU can tell: it sees the mistake that it is there for, and says what it cannot do."""
 
 import subprocess
 import sys
