@@ -289,13 +289,13 @@ def from_workers() -> str:
     if slots is None or slots.memory is None:
         raise Failed(f"{figures}; there is no shared memory")
     if on_gpu():  # memory that counts as pinned is copied from as it is: the mistake that has to show
-        size = slots.memory.numel()
-        torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(slots.memory.data_ptr(), size, 0))
+        cudart, place = torch.cuda.cudart(), slots.memory.data_ptr()
+        torch.cuda.check_error(cudart.cudaHostRegister(place, slots.memory.numel(), 0))
         try:
             seen = differing(sums(held_up(batches.epoch(1), streams["the copies"])), expected)
         finally:
             wait()
-            torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(slots.memory.data_ptr()))
+            torch.cuda.check_error(cudart.cudaHostUnregister(place))
     else:  # on a CPU the same mistake: images that are looked at when the next are in their place
         order = batches.order(1).split(32)
         late = [(images, labels) for images, labels, _ in batches.workers.read(1, order)]

@@ -21,6 +21,7 @@ from conftest import ROOT, Call
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 
 from engine.command import sweep
+from engine.command.help import explained
 from engine.errors import RunError
 from engine.run import compare
 
@@ -313,6 +314,12 @@ def test_a_search_in_which_all_fail_says_so(call: Call) -> None:
 def test_a_wrong_value_in_a_search_is_one_line(call: Call, tmp_path: Path) -> None:
     assert "epochs=0: expected an integer" in call("train", "hparams_search=cnn", "epochs=0").error
     assert not (tmp_path / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(("launcher", "extra"), [("joblib", "'.[sweep]'"), ("ray", "hydra-ray-launcher")])
+def test_what_to_install_for_a_launcher(launcher: str, extra: str) -> None:
+    said = explained(ValueError(f"Could not find 'hydra/launcher/{launcher}'"), [], "train")
+    assert said == f"hydra/launcher={launcher}: no such option, or its plugin is not installed: pip install {extra}"
 
 
 @needs("hydra_submitit_launcher")

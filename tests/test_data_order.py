@@ -583,7 +583,7 @@ def test_memory_that_is_not_enough(
 ) -> None:
     batches = training(split_of(6), batch_size=batch_size)
 
-    def gather(order: Tensor) -> Any:
+    def gather(order: Tensor, sizes: Any = None) -> Any:
         raise error
 
     monkeypatch.setattr(batches, "_gather", gather)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,25 +9,17 @@ import numpy as np
 import processes
 import pytest
 from PIL import Image
-from torch.distributed import TCPStore
 
-
-def as_rank(told: str) -> None:
-    os.environ |= json.loads(told)
+from engine import distributed
 
 
 def several(count: int, entry: str, *words: str, cwd: Path) -> list[processes.Command]:
-    """A command in so many processes, as torchrun starts them, all in the same folder; waits for their end."""
-    port = processes.free_port()
-    store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)  # torchrun's, which outlives them
-    commands = []
-    for rank in range(count):
-        told = {**processes.environment(rank, count, port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-        folder = cwd / f"rank_{rank}"
-        commands.append(processes.start(entry, *words, cwd=folder, before=as_rank, argument=json.dumps(told)))
-    for command in commands:
-        command.wait()
-    del store
+    """A command in so many processes, as torchrun starts them; waits for their end."""
+    with processes.launcher() as launch:
+        variables = [launch | processes.numbers(rank, count) for rank in range(count)]
+        commands = [processes.start(entry, *words, cwd=cwd, variables=own) for own in variables]
+        for command in commands:
+            command.wait()
     return commands
 
 
@@ -92,3 +82,12 @@ def test_a_wrong_request_is_told_once(trained: Path, tmp_path: Path, entry: str)
     commands = several(3, entry, f"checkpoint={tmp_path}/none.pt", *words, cwd=tmp_path)
     assert [command.wait() for command in commands] == [2, 2, 2]
     assert "".join(command.err for command in commands) == f"error: {tmp_path}/none.pt: no such checkpoint\n"
+
+
+def told() -> list[str]:
+    return [distributed.told_by_first(lambda what=what: f"{what} of {distributed.rank()}") for what in ("one", "two")]
+
+
+def test_what_the_first_process_decides_all_know() -> None:
+    assert processes.group(3, told) == [["one of 0", "two of 0"]] * 3
+    assert told() == ["one of 0", "two of 0"]

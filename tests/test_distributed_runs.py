@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import random
 import signal
 import socket
+import subprocess
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import processes
@@ -181,3 +185,111 @@ def test_what_ended_for_good_is_not_told_again(tmp_path: Path, launch: Launch) -
     assert ended(start_several(2, "epochs=0", cwd=tmp_path, launch=launch))[0] == [2, 2]
     anew = launch | {"TORCHELASTIC_RESTART_COUNT": "1"}
     assert ended(start_several(2, "epochs=0", cwd=tmp_path, launch=anew)) == ([2, 2], "")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# torchrun itself, which takes seconds to start
+
+
+def torchrun(*arguments: str, cwd: Path, name: str = "log", count: int = 2, **variables: str) -> subprocess.Popen:
+    """A started torchrun; what it and the processes print is in the file `name`."""
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={count}", *arguments]
+    with (cwd / name).open("w") as file:
+        return subprocess.Popen(
+            command, cwd=cwd, env={**os.environ, "OMP_NUM_THREADS": "1", **variables}, stdout=file, stderr=file
+        )
+
+
+def members(agent: subprocess.Popen) -> list[int]:
+    """The processes that a torchrun has started, in their order."""
+    return [int(pid) for pid in Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()]
+
+
+def gone(pids: Iterable[int]) -> bool:
+    """Whether processes have ended."""
+    return not any(Path(f"/proc/{pid}/cmdline").exists() and Path(f"/proc/{pid}/cmdline").read_bytes() for pid in pids)
+
+
+FEW = [str(processes.ROOT / "train.py"), "dataset.limit=200", "device=cpu", "model=cnn", "model.dropout=0.3"]
+
+
+def test_torchrun_starts_a_run_anew_that_goes_on(tmp_path: Path) -> None:
+    """The command of the README; the second process is killed once the run has saved its first epoch."""
+    arguments = ["--standalone", "--max-restarts=3", *FEW, "epochs=30", "checkpoint.every_steps=1", "name=run"]
+    agent = torchrun(*arguments, cwd=tmp_path)
+    run = tmp_path / "checkpoints" / "run"
+    while not (run / "last.pt").exists():
+        time.sleep(0.05)
+        assert agent.poll() is None, (tmp_path / "log").read_text()
+    os.kill(members(agent)[1], signal.SIGKILL)
+    assert agent.wait(120) == 0
+    said = (tmp_path / "log").read_text()
+    assert said.count("resumed  in epoch ") == 1 and said.count("\ntest     accuracy ") == 1
+    assert len((run / "metrics.csv").read_text().splitlines()) == 31
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["latest", "run"]
+
+
+@pytest.mark.slow
+def test_ten_kills_at_random(tmp_path: Path) -> None:
+    """A random one of three processes is killed at a random moment: ten runs end with the bits of one left alone."""
+    draw = random.Random(time.time_ns())
+    few = ["--standalone", "--max-restarts=3", *FEW, "epochs=40", "checkpoint.every_steps=3"]
+    assert torchrun(*few, "name=calm", cwd=tmp_path, count=3).wait(300) == 0
+    calm, lost = last(tmp_path / "checkpoints" / "calm"), []
+    for number in range(10):
+        began = time.monotonic()
+        agent = torchrun(*few, f"name=run{number}", cwd=tmp_path, name=f"log{number}", count=3)
+        seen: set[int] = set()
+        time.sleep(draw.uniform(3, 14))
+        if agent.poll() is None and (alive := members(agent)):
+            seen |= set(alive)
+            victim = draw.choice(alive)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(victim, signal.SIGKILL)
+            lost.append(round(time.monotonic() - began, 1))
+        code = agent.wait(200)
+        said = (tmp_path / f"log{number}").read_text()
+        assert code == 0, said
+        found = last(tmp_path / "checkpoints" / f"run{number}")
+        assert found["progress"]["epoch"] == 41
+        assert all(torch.equal(tensor, found["model"][name]) for name, tensor in calm["model"].items()), number
+        assert gone(seen)
+    print(f"killed after {lost} s")
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 12  # with `latest`
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("to", ["torchrun", "the second process"])
+@pytest.mark.parametrize("restarts", [0, 2])
+def test_sigterm_saves_the_same_step_and_ends_all(tmp_path: Path, to: str, restarts: int) -> None:
+    few = ["--standalone", f"--max-restarts={restarts}", *FEW, "epochs=10000", "name=run"]
+    agent = torchrun(*few, cwd=tmp_path, count=3)
+    run = tmp_path / "checkpoints" / "run"
+    while not (run / "last.pt").exists():
+        time.sleep(0.05)
+    alive = members(agent)
+    os.kill(agent.pid if to == "torchrun" else alive[1], signal.SIGTERM)
+    assert agent.wait(120) != 0
+    said = (tmp_path / "log").read_text()
+    assert said.count("error: ") == 1
+    progress = last(run)["progress"]
+    assert f"error: stopped by SIGTERM in epoch {progress['epoch']}, step {progress['batch']};" in said
+    assert gone(alive) and json.loads((run / "end.json").read_text())["state"] == "stopped"
+    if to != "torchrun" and restarts == 0:
+        assert "exitcode  : 143" in said
+
+
+@pytest.mark.slow
+def test_two_machines_are_as_one(tmp_path: Path) -> None:
+    """Two torchruns that meet on this one, one process each, and one torchrun with two."""
+    few = [*FEW, "epochs=3"]
+    assert torchrun("--standalone", *few, "name=one", cwd=tmp_path).wait(300) == 0
+    meeting = ["--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{processes.free_port()}", "--rdzv-id=7"]
+    agents = [
+        torchrun(*meeting, f"--node-rank={node}", *few, "name=two", cwd=tmp_path, name=f"log{node}", count=1)
+        for node in range(2)
+    ]
+    assert [agent.wait(300) for agent in agents] == [0, 0]
+    one, two = (last(tmp_path / "checkpoints" / name) for name in ("one", "two"))
+    assert all(torch.equal(tensor, two["model"][name]) for name, tensor in one["model"].items())
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["latest", "one", "two"]

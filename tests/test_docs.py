@@ -13,7 +13,7 @@ from engine.command.help import setting_rows
 from engine.config import group_options
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMANDS = re.findall(r"^(?: {4})?(python (?:train|evaluate)\.py.*?)(?: +#.*)?$", README, re.MULTILINE)
+COMMANDS = re.findall(r"^(?: {4})?((?:python|torchrun .*) (?:train|evaluate)\.py.*?)(?: +#.*)?$", README, re.MULTILINE)
 
 
 def settings_table(entry: str) -> str:
@@ -38,7 +38,7 @@ def test_commands_are_found() -> None:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_of_the_readme_composes(call: Call, command: str) -> None:
     """Composing finds a typo in an option or setting; `--cfg job` stops there."""
-    _, program, *arguments = shlex.split(command)
+    _, program, *arguments = shlex.split(re.sub(r"^torchrun .* (?=train|evaluate)", "torchrun ", command))
     if "--runs" in arguments or "resume=latest" in arguments:  # of a run that is there
         assert call("train", "epochs=1", "model.hidden=[4]", "name=rates").code == 0
     if "--runs" in arguments:

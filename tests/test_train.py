@@ -234,7 +234,9 @@ def test_training_and_test_images_of_different_sizes_are_refused(call: Call, tmp
     assert not (tmp_path / "checkpoints").exists()
 
 
-def test_several_processes_are_refused(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_processes_that_no_launcher_started_are_refused(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "without torchrun" in call("train").error
+    assert "no RANK, MASTER_ADDR, MASTER_PORT; start several processes with torchrun" in call("train").error
     assert not (tmp_path / "checkpoints").exists()

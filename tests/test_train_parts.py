@@ -73,20 +73,6 @@ def test_a_later_run_of_the_process_may_be_deterministic_on_a_gpu(monkeypatch: p
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"  # the user's
 
 
-@pytest.mark.usefixtures("as_before")
-def test_a_run_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    for count in ("2", "8"):
-        monkeypatch.setenv("WORLD_SIZE", count)
-        with pytest.raises(RequestError) as error:
-            train.prepare_device("cpu", False, None)
-        said = f"started as {count} processes; a run is one process, start it without torchrun"
-        assert str(error.value) == said
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    assert train.prepare_device("cpu", False, None) == CPU
-    monkeypatch.delenv("WORLD_SIZE")
-    assert train.prepare_device("cpu", False, None) == CPU
-
-
 def splits_of(**sizes: int) -> dict[str, Split]:
     draw = torch.Generator().manual_seed(0)
     splits = {}

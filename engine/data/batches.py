@@ -186,8 +186,10 @@ class Batches:
 
     def _read_for(self, count: int) -> int:
         """How many samples this process reads of a batch of `count`."""
-        own = len(self.own(count))
-        return 2 * own if self.mixing and self.world_size > 1 else own
+        if self.world_size == 1:
+            return count
+        own = len(self.own(min(count, self.samples)))
+        return 2 * own if self.mixing else own
 
     def _needed(self, epoch: int, step: int, count: int) -> Tensor:
         """Which samples of a step this process reads, int64 `[n]`: its own, behind them those that are mixed in."""

@@ -57,7 +57,8 @@ class Tally:
         self.losses: list[Tensor] = []  # `[micro-batches]` each, on the device; all are kept, to name a bad one
         self.sizes: list[Tensor] = []  # as many, on the CPU: the samples of each
         self.correct = torch.zeros((), dtype=torch.int64, device=self.device)
-        self._aside: list[tuple[Tensor, Tensor, Tensor, int]] = []
+        self._aside: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._sizes_aside: list[int] = []
         self._logits = 0
 
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor, share: Share | None = None) -> None:
@@ -66,7 +67,8 @@ class Tally:
         if samples > len(labels):
             assert share is not None
             loss = loss * share.loss if len(labels) else torch.zeros_like(loss)  # of no sample there is no mean
-        self._aside.append((loss, logits.detach(), labels, samples))
+        self._aside.append((loss, logits.detach(), labels))
+        self._sizes_aside.append(samples)
         self.samples += samples
         self.own += len(labels)
         self._logits += logits.numel()
@@ -75,12 +77,12 @@ class Tally:
 
     def _count(self) -> None:
         if self._aside:
-            losses, logits, labels, sizes = zip(*self._aside, strict=True)
+            losses, logits, labels = zip(*self._aside, strict=True)
             together = torch.stack(losses)
             self.losses.append(together if together.dtype == torch.float64 else together.float())
-            self.sizes.append(torch.tensor(sizes))
+            self.sizes.append(torch.tensor(self._sizes_aside))
             self.correct += (torch.cat(logits).argmax(1) == class_of(torch.cat(labels))).sum()
-            self._aside, self._logits = [], 0
+            self._aside, self._sizes_aside, self._logits = [], [], 0
 
     def _counted(self) -> tuple[Tensor, Tensor]:
         """Losses and sizes of the micro-batches so far, on the CPU."""

@@ -146,10 +146,11 @@ class Step:
             self._parallel = Parallel(self.model, images.shape[1:])
         return self._parallel(images, self._is_last)
 
-    def backward(self, loss: Tensor, share: Share) -> None:
-        """Add the gradients of a part's loss, times its share of the step."""
-        if isinstance(share.gradient, Tensor) or share.gradient != 1.0:  # comparing a tensor would wait for the device
-            loss = loss * share.gradient
+    def backward(self, loss: Tensor, share: Share | None = None) -> None:
+        """Add the gradients of a part's loss, times its share of the step; without one it is all of it."""
+        factor = 1.0 if share is None else share.gradient
+        if isinstance(factor, Tensor) or factor != 1.0:  # comparing a tensor would wait for the device
+            loss = loss * factor
         self.scaler.scale(loss).backward()
 
     def update(self) -> None:
