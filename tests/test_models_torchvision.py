@@ -25,7 +25,16 @@ from engine.training.transfer import named_by
 from models.torchvision import NAMES, classifier, trained_with
 from models.torchvision import _load as load
 
-SIDES = {"alexnet": 63, "densenet": 29, "inception": 75, "maxvit": 224, "vit_h_14": 14, "vit_b_16": 16, "vit_l_16": 16}
+SIDES = {
+    "alexnet": 63,
+    "efficientnet_v2": 33,
+    "densenet": 29,
+    "inception": 75,
+    "maxvit": 224,
+    "vit_h_14": 14,
+    "vit_b_16": 16,
+    "vit_l_16": 16,
+}
 FAMILIES = [  # one of each of torchvision's files
     "alexnet", "convnext_tiny", "densenet121", "efficientnet_b0", "googlenet", "inception_v3", "maxvit_t", "mnasnet0_5",
     "mobilenet_v2", "mobilenet_v3_small", "regnet_y_400mf", "resnet18", "shufflenet_v2_x0_5", "squeezenet1_1", "swin_t",
