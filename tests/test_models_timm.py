@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from engine.training.transfer import named_by
 
 TEN = [  # of different families, and of one several layers make the logits
     ("resnet18.a1_in1k", 32), ("mobilenetv3_small_050", 32), ("efficientnet_b0", 32), ("convnext_atto", 32),
-    ("vit_tiny_patch16_224", 32), ("deit_tiny_distilled_patch16_224", 32), ("swin_tiny_patch4_window7_224", 224),
+    ("vit_tiny_patch16_224", 32), ("deit_tiny_distilled_patch16_224", 32), ("swin_tiny_patch4_window7_224", 56),
     ("mixer_s32_224", 64), ("regnetx_002", 32), ("ghostnet_100", 32), ("levit_128s", 224), ("inception_v4", 96),
 ]  # fmt: skip
 
@@ -32,8 +33,8 @@ def made(name: str, size: int = 32, channels: int = 1, **settings: Any) -> nn.Mo
 
 
 def test_without_timm_a_line_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "timm", None)
-    monkeypatch.delitem(__import__("sys").modules, "models.timm", raising=False)
+    monkeypatch.setitem(sys.modules, "timm", None)
+    monkeypatch.delitem(sys.modules, "models.timm", raising=False)
     with pytest.raises(RequestError, match=r"needs 'timm', which is not installed: pip install '.\[timm\]'"):
         locate("models.timm.classifier", "model._target_")
 
