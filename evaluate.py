@@ -173,6 +173,7 @@ class Subject:
         batches: images and labels on the device; labels as the data numbers them. Of several processes those of this
             one, or None.
         model: on the device.
+        device: of both.
     """
 
     path: Path
@@ -183,6 +184,7 @@ class Subject:
     classes: list[str]
     batches: Batches | None
     model: nn.Module
+    device: torch.device
 
     def about_classes(self) -> str:
         """How the data's classes differ from the model's; empty where they do not."""
@@ -229,7 +231,7 @@ def subject_of(
     model = model_of(saved, config, path, batches.sample_shape(), data_classes).to(device)
     checkpoint.check_finite(model, path)
     classes = [printable(known) for known in saved.get("classes", data_classes)]
-    return Subject(path, saved, config, split, data_classes, classes, batches if own else None, model)
+    return Subject(path, saved, config, split, data_classes, classes, batches if own else None, model, device)
 
 
 def own_part(split: Split, batch_size: int) -> Split | None:
@@ -442,19 +444,20 @@ def predictions_of(subject: Subject, mistakes: Mistakes | None = None) -> Found:
     Raises:
         RunError: it gives no finite numbers.
     """
-    name, device = subject.config["split"], next(subject.model.parameters()).device
+    name = subject.config["split"]
     model = Flipped(subject.model) if subject.config["tta"] == "flip" else subject.model
     places = {known: number for number, known in enumerate(subject.classes)}
-    numbers = torch.tensor([places[known] for known in subject.data_classes], device=device)
-    own: Iterable[tuple[Tensor, Tensor]] = subject.batches or ()
+    numbers = torch.tensor([places[known] for known in subject.data_classes], device=subject.device)
+    count = 0 if subject.batches is None else len(subject.batches)  # of a stream 0, as only reading tells
+    own: Iterable[tuple[Tensor, Tensor]] = () if subject.batches is None else subject.batches
     if subject.split.indices is None:
         own = islice(own, distributed.rank(), None, distributed.world_size())
     ranking, batch_losses = Ranking(), list[Tensor]()
-    shown = watched(by_name(own, numbers, len(subject.classes)), f"{name} split", len(subject.batches or ()))
+    shown = watched(by_name(own, numbers, len(subject.classes)), f"{name} split", count)
     loss, confusion = evaluate(model, shown, len(subject.classes), mistakes, batch_losses, ranking)
     if distributed.world_size() > 1:
         ranking.gather()
-        if mistakes:
+        if mistakes is not None:
             mistakes.gather()
         batch_losses = distributed.in_turn([batch_loss.cpu() for batch_loss in batch_losses])
         in_all, samples = added_up(batch_losses, [len(truths) for truths, _ in ranking.batches])

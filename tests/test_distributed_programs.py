@@ -8,9 +8,15 @@ from pathlib import Path
 import numpy as np
 import processes
 import pytest
+import torch
 from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 
 from engine import distributed
+from engine.data.batches import Batches
+from engine.data.splits import Split
+from evaluate import Subject, predictions_of
 
 
 def several(count: int, entry: str, *words: str, cwd: Path) -> list[processes.Command]:
@@ -91,3 +97,47 @@ def told() -> list[str]:
 def test_what_the_first_process_decides_all_know() -> None:
     assert processes.group(3, told) == [["one of 0", "two of 0"]] * 3
     assert told() == ["one of 0", "two of 0"]
+
+
+class Stream(IterableDataset):
+    """Seven samples, which only reading them counts."""
+
+    def __iter__(self) -> Iterator[tuple[Tensor, int]]:
+        drawn = torch.Generator().manual_seed(0)
+        return iter([(torch.rand(1, 2, 2, generator=drawn), place % 3) for place in range(7)])
+
+
+def of_a_stream() -> tuple[float, list[int], list[float]]:
+    cpu, classes = torch.device("cpu"), ["a", "b", "c"]
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
+    split = Split(Stream(), None, 3)
+    batches = Batches(split, [], cpu, batch_size=2)
+    config = {"split": "test", "tta": None}
+    subject = Subject(Path("none.pt"), {}, config, split, classes, classes, batches, model, cpu)
+    found = predictions_of(subject)
+    truths, _ = found.ranking.read()
+    return found.loss, truths.tolist(), [float(loss) for loss in found.batch_losses]
+
+
+def test_a_stream_is_shared_out_too() -> None:
+    alone = of_a_stream()
+    assert alone[1] == [0, 1, 2, 0, 1, 2, 0]
+    assert processes.group(3, of_a_stream) == [alone] * 3
+
+
+def test_what_one_process_cannot_read_is_told_once(trained: Path, tmp_path: Path) -> None:
+    """It is in the third batch, so in that of the last process."""
+    for number in range(10):
+        for part in ("train", "test"):
+            folder = tmp_path / part / str(number)
+            folder.mkdir(parents=True)
+            Image.fromarray(np.full((8, 8), 25 * number, dtype=np.uint8)).save(folder / "0.png")
+    broken = tmp_path / "test" / "5" / "0.png"
+    broken.write_bytes(b"no image")
+    words = [f"checkpoint={trained}/checkpoints/one/best.pt", "dataset=image_folder", f"dataset.root={tmp_path}"]
+    words += ["dataset.channels=1", "dataset.eval_transforms=[{Resize: {size: [8, 8]}}]", "batch_size=2"]
+    commands = several(3, "evaluate", *words, cwd=tmp_path)
+    assert all(command.wait() == 1 for command in commands)
+    said = "".join(command.err for command in commands)
+    assert said.count("\n") == 1 and said.startswith(f"error: {broken}: ")

@@ -63,6 +63,8 @@ PLUGIN_DEFAULTS: dict[str, tuple[Any, Any]] = {
     "launcher.n_jobs": (-1, "{at_once}"),  # jobs, cores or GPUs, whichever are fewest
     "launcher.batch_size": ("auto", 1),  # a process gets its next job when it is free
 }
+# Ray's colours would be written out, and lines that it takes for the same are those of several jobs.
+RAY_DEFAULTS = {"RAY_COLOR_PREFIX": "0", "RAY_DEDUP_LOGS": "0"}
 
 
 class Sweep(NamedTuple):
@@ -149,6 +151,8 @@ def start(config: DictConfig, check: Callable[[DictConfig], Any]) -> None:
     # SIGTERM too, so that launchers take their processes down with them.
     for stop in (signal.SIGINT, signal.SIGTERM):
         signal.signal(stop, _interrupt)
+    if "ray" in str(config.hydra.launcher._target_):
+        os.environ.update({name: value for name, value in RAY_DEFAULTS.items() if name not in os.environ})
     if "submitit" in str(config.hydra.launcher._target_):
         threading.Thread(target=_tell_ends, args=(started,), daemon=True).start()
     left = f", {settings['first_number']} of them done" if settings["first_number"] else ""
@@ -236,7 +240,7 @@ def _jobs_at_once(hydra: Any, total: int) -> int:
         if hydra.launcher.n_jobs == -1:
             return max(1, min(total, len(visible_gpus()) or joblib.cpu_count()))
         return int(joblib.effective_n_jobs(hydra.launcher.n_jobs))
-    return min(total, 4) if "submitit" in str(hydra.launcher._target_) else 1
+    return min(total, 4) if re.search("submitit|ray", str(hydra.launcher._target_)) else 1
 
 
 def _continue_study(sweeper: Any) -> int:
