@@ -71,8 +71,8 @@ class _Worker(Dataset):
         try:
             memory = self.slots.mapped(*slot[1:]) if slot and self.slots else None
             into = memory[slot[0]] if slot and memory is not None else None  # without, they are sent as they are
-            around = (torch.from_numpy(rest[0]), torch.from_numpy(rest[1])) if rest else None
-            images, labels, skipped = self.reader.read(epoch, torch.from_numpy(indices), into, around)
+            around = [(torch.from_numpy(rest[0]), torch.from_numpy(rest[1]))] if rest else []
+            images, labels, skipped = self.reader.read(epoch, torch.from_numpy(indices), into, *around)
             if into is not None and images.data_ptr() == into.data_ptr():
                 return len(images), labels.numpy(), skipped
             try:
