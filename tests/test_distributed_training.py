@@ -15,6 +15,7 @@ from typing import Any
 import processes
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 
@@ -22,7 +23,7 @@ import train
 from engine import distributed
 from engine.data import batches as batches_module
 from engine.data.batches import Batches
-from engine.data.images import ImageData
+from engine.data.images import ImageData, ImageFiles
 from engine.data.mixing import Mixing
 from engine.data.splits import divide
 from engine.run.saver import Saver
@@ -63,6 +64,18 @@ class Stream(IterableDataset):
         return iter(self.samples)
 
 
+def as_files(images: Tensor, labels: Tensor) -> ImageFiles:
+    """PNG files, of which a third cannot be read, all of the first process of three in some batches."""
+    folder = Path(tempfile.mkdtemp())
+    paths = [folder / f"{number:03}.png" for number in range(len(images))]
+    for number, (path, image) in enumerate(zip(paths, images, strict=True)):
+        if number % 3 != 1:
+            Image.fromarray(image[0].numpy()).save(path)
+        else:
+            path.write_bytes(b"no picture")
+    return ImageFiles([str(path) for path in paths], labels, channels=1)
+
+
 # What differs from plain training on 101 samples, 8 a step.
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -81,6 +94,13 @@ CASES: dict[str, dict[str, Any]] = {
     "unfrozen": {"norm": True, "freeze": "0", "unfreeze_epoch": 2},
     "a sampler": {"sampler": lambda indices: range(49, -1, -1)},
     "a data set, workers": {"part": Samples, "num_workers": 1},
+    "unreadable files": {"part": as_files, "skip_unreadable": True},
+    "unreadable files, workers, mixup": {
+        "part": as_files,
+        "skip_unreadable": True,
+        "num_workers": 1,
+        "mixing": Mixing(0.4, None, 0),
+    },
     "a stream": {"part": Stream, "steps_per_epoch": 5, "val_fraction": 0.0},
     "two samples": {"samples": 2, "val_fraction": 0.0},
     "a last step of one": {"samples": 17, "val_fraction": 0.0, "norm": True},
@@ -97,7 +117,7 @@ def trained(name: str) -> dict[str, Any]:
     labels = (torch.arange(count) % 7).clamp(max=2)  # of unequal classes
     part = case.pop("part", lambda *both: both)
     data = ImageData(part(images, labels), (images, labels), ["a", "b", "c"], sampler=case.pop("sampler", None))
-    how = {key: case.pop(key) for key in ("balance", "steps_per_epoch") if key in case}
+    how = {key: case.pop(key) for key in ("balance", "steps_per_epoch", "skip_unreadable") if key in case}
     splits, _ = divide(data, val_fraction=case.pop("val_fraction", 0.0 if data.sampler else 0.1), **how)
     me = {"rank": distributed.rank(), "world_size": distributed.world_size(), "batch_size": batch_size}
     workers, mixing = case.pop("num_workers", 0), case.pop("mixing", None)
@@ -155,7 +175,10 @@ def test_the_number_of_processes_changes_rounding_only(
     outcomes: dict[int, list[dict[str, dict[str, Any]]]], name: str, count: int
 ) -> None:
     one = outcomes[1][0][name]
-    for found in (outcome[name] for outcome in outcomes[count]):  # every process knows the same
+    first = outcomes[count][0][name]
+    for found in (outcome[name] for outcome in outcomes[count]):
+        assert (found["rows"], found["loss"]) == (first["rows"], first["loss"])  # each would decide as the others do
+        assert all(torch.equal(tensor, first["weights"][key]) for key, tensor in found["weights"].items())
         for (loss, accuracy), (other_loss, other_accuracy) in zip(one["rows"], found["rows"], strict=True):
             assert other_loss == pytest.approx(loss, rel=1e-9) and other_accuracy == accuracy
         assert list(found["weights"]) == list(one["weights"])

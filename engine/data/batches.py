@@ -198,14 +198,20 @@ class Batches:
             return own
         return torch.cat([own, self.mixing.partners(epoch, step, count)[own]])
 
-    def _of_this_process(self, order: Tensor, epoch: int, start: int) -> tuple[Tensor, list[int]]:
-        """What this process reads of an epoch's samples from a batch on, in order, and how many in each batch."""
+    def _of_this_process(
+        self, order: Tensor, epoch: int, start: int
+    ) -> tuple[Tensor, list[int], list[tuple[Tensor, Tensor]]]:
+        """What this process reads of an epoch's samples from a batch on, in order, and how many in each batch.
+
+        With several processes also each batch's samples, and the places in it of those.
+        """
         if self.world_size == 1:
             whole, rest = divmod(len(order), self.batch_size)
-            return order, [self.batch_size] * whole + [rest] * bool(rest)
+            return order, [self.batch_size] * whole + [rest] * bool(rest), []
         batches = enumerate(order.split(self.batch_size), start)
-        parts = [batch[self._needed(epoch, step, len(batch))] for step, batch in batches]
-        return torch.cat([order[:0], *parts]), [len(part) for part in parts]
+        around = [(batch, self._needed(epoch, step, len(batch))) for step, batch in batches]
+        parts = [batch[needed] for batch, needed in around]
+        return torch.cat([order[:0], *parts]), [len(part) for part in parts], around
 
     def order(self, epoch: int) -> Tensor:
         """The sample indices of an epoch, int64 `[n]`, in the order in which they are seen, by all processes."""
@@ -276,6 +282,7 @@ class Batches:
 
     def _epoch(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         order, sizes, has_nothing = None, list[int](), False
+        skipped: list[str] = []
         numbers: deque[Tensor] = deque()  # of a stream's samples, which are only numbered
         if self._stream is not None:
             source = self._from_stream(epoch, start, numbers)
@@ -284,10 +291,14 @@ class Batches:
             order = self.order(epoch)
             order = with_copies(order) if self.classes else order
             order = order[start * self.batch_size : len(self) * self.batch_size]
-            order, sizes = self._of_this_process(order, epoch, start)
+            order, sizes, around = self._of_this_process(order, epoch, start)
             has_nothing = sizes[-1:] == [0]  # in the last batch; of all others each process has some samples
             sizes = sizes[: len(sizes) - has_nothing]
-            source = self._gather(order, sizes) if self.in_memory is not None else self._read(epoch, order, sizes)
+            if self.in_memory is not None:
+                source = self._gather(order, sizes)
+            else:
+                around = around[: len(sizes)] if self.reader.skip_unreadable else []
+                source = self._read(epoch, order, sizes, around, skipped)
         step, done, left = start, 0, iter(sizes)
         begin = end = 0  # of the samples whose random numbers are drawn
         for images, labels in source:
@@ -316,6 +327,7 @@ class Batches:
                 step += 1
         if has_nothing:
             yield self._nothing()
+        self._tell_skipped(epoch, skipped)
 
     def _mixed(self, images: Tensor, labels: Tensor, epoch: int, step: int) -> tuple[Tensor, Tensor]:
         assert self.mixing is not None
@@ -341,12 +353,16 @@ class Batches:
         batches = ((images.index_select(0, i), y) for i, y in zip(indices, labels.split(together), strict=True))
         return batches if images.device.type == self.device.type else on_device(batches, self.device)
 
-    def _read(self, epoch: int, order: Tensor, sizes: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of samples that are read one at a time."""
+    def _read(
+        self, epoch: int, order: Tensor, sizes: list[int], around: list[tuple[Tensor, Tensor]], skipped: list[str]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches of samples that are read one at a time; what is wrong with those that are not goes to `skipped`."""
         assert self.workers is not None
-        skipped: list[str] = []
-        batches = self._noting(self.workers.read(epoch, order.split(sizes)), skipped)
-        yield from batches if self.device.type == "cpu" else on_device(batches, self.device)
+        batches = self._noting(self.workers.read(epoch, order.split(sizes), around), skipped)
+        return batches if self.device.type == "cpu" else on_device(batches, self.device)
+
+    def _tell_skipped(self, epoch: int, skipped: list[str]) -> None:
+        """Say at the end of an epoch what was skipped in it, by all processes."""
         if self.reader.skip_unreadable and self.world_size > 1:
             skipped = list(dict.fromkeys(told for own in gathered(skipped) for told in own))
         if skipped:

@@ -232,7 +232,7 @@ class _CacheReader(Reader):
     def __init__(self, files: ImageFiles, resize: Resize | None) -> None:
         super().__init__(files, [] if resize is None else [resize], 0, 0, skip_unreadable=True)
 
-    def read(self, epoch: int, indices: Tensor, into: Tensor | None = None) -> Any:
+    def read(self, epoch: int, indices: Tensor, into: Tensor | None = None, around: Any = None) -> Any:
         failures: dict[int, str] = {}
         try:
             images, _ = self._batch(self._samples(epoch, indices, failures), indices, into)

@@ -78,21 +78,27 @@ class Reader:
         self.is_random = any(transform.random for transform in transforms)
         self.resized_to = resized_to(transforms)
 
-    def read(self, epoch: int, indices: Tensor, into: Tensor | None = None) -> tuple[Tensor, Tensor, list[str]]:
+    def read(
+        self, epoch: int, indices: Tensor, into: Tensor | None = None, around: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor, list[str]]:
         """(images, labels, what was skipped) of the samples `indices`, int64 `[batch]`, in an epoch from 1.
 
         Args:
             into: memory for at least as many images; they lie there afterwards if they are of its shape and type.
+            around: where these are some samples of a batch, its samples, and their places in it; what takes the place
+                of one that cannot be read comes from there.
 
         Raises:
             RunError: samples that cannot be read, or do not fit together.
         """
         skipped: dict[int, str] = {}
         with own_randomness() if self.is_random or not self.is_builtin else nullcontext():
-            images, labels = self._batch(self._samples(epoch, indices, skipped), indices, into)
+            images, labels = self._batch(self._samples(epoch, indices, skipped, around), indices, into)
         return images, labels, list(skipped.values())
 
-    def _samples(self, epoch: int, indices: Tensor, skipped: dict[int, str]) -> Iterator[tuple[int, Tensor, Any]]:
+    def _samples(
+        self, epoch: int, indices: Tensor, skipped: dict[int, str], around: tuple[Tensor, Tensor] | None = None
+    ) -> Iterator[tuple[int, Tensor, Any]]:
         """(place in the batch, image, label) of those that can be read; of the others place to error in `skipped`."""
         draws = Draws(self.seed, epoch, indices) if self.is_random else None
         seeds = None if self.is_builtin else sample_seed(self.seed, epoch, indices).tolist()
@@ -115,6 +121,12 @@ class Reader:
             raise RunError(
                 cannot_be_read(list(skipped.values()), f"the {len(indices)} images of this batch", self.training)
             )
+        for place in list(skipped) if around else []:
+            batch, places = around  # type: ignore[misc]
+            others = batch.roll(-1 - int(places[place]))[:-1]  # from the next one on, and after the last the first
+            stand_ins = (sample for index in others.split(1) for sample in self._samples(epoch, index, {}))
+            for _, image, label in islice(stand_ins, 1):
+                yield place, image, label
 
     def _transform(self, image: Tensor, draws: Draws | None, place: int) -> Tensor:
         return apply(self.transforms, image[None], draws and draws.window(place, 1))[0]

@@ -57,7 +57,7 @@ Slot = tuple[int, tuple[int, ...], torch.dtype]  # its number, and shape and typ
 
 
 class _Worker(Dataset):
-    """What a worker process is asked for: (epoch, indices, slot to put the images into or None).
+    """What a worker process is asked for: (epoch, indices, slot to put the images into or None), and what is around.
 
     It answers (images, labels, what was skipped), where a number instead of images says how many are in the slot; or
     the error with its traceback. Indices and labels travel as arrays: each tensor would take a file of shared memory.
@@ -66,12 +66,13 @@ class _Worker(Dataset):
     def __init__(self, reader: Reader, slots: _Slots | None) -> None:
         self.reader, self.slots = reader, slots
 
-    def __getitem__(self, asked: tuple[int, np.ndarray, Slot | None]) -> tuple[Any, ...]:
-        epoch, indices, slot = asked
+    def __getitem__(self, asked: tuple[Any, ...]) -> tuple[Any, ...]:
+        epoch, indices, slot, *rest = asked
         try:
             memory = self.slots.mapped(*slot[1:]) if slot and self.slots else None
             into = memory[slot[0]] if slot and memory is not None else None  # without, they are sent as they are
-            images, labels, skipped = self.reader.read(epoch, torch.from_numpy(indices), into)
+            around = [(torch.from_numpy(rest[0]), torch.from_numpy(rest[1]))] if rest else []
+            images, labels, skipped = self.reader.read(epoch, torch.from_numpy(indices), into, *around)
             if into is not None and images.data_ptr() == into.data_ptr():
                 return len(images), labels.numpy(), skipped
             try:
@@ -122,7 +123,7 @@ class Workers:
 
     def __init__(self, reader: Reader, count: int, batch_size: int) -> None:
         self.reader, self.count, self.batch_size = reader, count, batch_size
-        self.asked: list[tuple[int, np.ndarray, Slot | None]] = []  # the loader looks here when it begins an epoch
+        self.asked: list[tuple[Any, ...]] = []  # the loader looks here when it begins an epoch
         self.slots: _Slots | None = None  # None where there is no such memory, as on macOS: batches are sent then
         if count:
             with suppress(OSError, AttributeError):
@@ -152,8 +153,10 @@ class Workers:
                 return images
         raise RunError(f"none of the {len(indices):,} images can be read")
 
-    def read(self, epoch: int, batches: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor, Any]]:
-        """(images, labels, what was skipped) of these indices, in their order.
+    def read(
+        self, epoch: int, batches: Sequence[Tensor], around: Sequence[tuple[Tensor, Tensor]] = ()
+    ) -> Iterator[tuple[Tensor, Tensor, Any]]:
+        """(images, labels, what was skipped) of these indices, in their order; `around` each as `Reader.read` has it.
 
         Images of bytes may lie in a slot: what is done with them has to be done before the next are asked for.
 
@@ -161,25 +164,27 @@ class Workers:
             RunError: what a worker could not read, or its death.
         """
         if not self.count:
-            for indices in batches:
-                yield self.reader.read(epoch, indices)
+            for place, indices in enumerate(batches):
+                yield self.reader.read(epoch, indices, around=around[place] if around else None)
             return
         if self.layout is None:
             with suppress(RunError):  # what cannot be read is told when it is asked for in its batch
                 self.first(epoch, batches[0])
         slots = self.slots.mapped(*self.layout) if self.slots and self.layout else None
         # There is one slot more than batches under way, so the one in use is asked for again only when it was left.
-        asked = [
+        asked: list[tuple[Any, ...]] = [
             (epoch, indices.numpy(), None if slots is None else (place % len(slots), *self.layout))  # type: ignore
             for place, indices in enumerate(batches)
         ]
+        if around:
+            asked = [(*one, *(tensor.numpy() for tensor in more)) for one, more in zip(asked, around, strict=True)]
         for place, (images, labels, skipped) in enumerate(self._answers(asked)):
             if isinstance(images, int):
                 images = slots[place % len(slots), :images]  # type: ignore[index, arg-type]
                 images = images.clone() if images.is_floating_point() else images
             yield images, torch.from_numpy(labels), skipped
 
-    def _answers(self, asked: list[tuple[int, np.ndarray, Slot | None]]) -> Iterator[tuple[Any, np.ndarray, Any]]:
+    def _answers(self, asked: list[tuple[Any, ...]]) -> Iterator[tuple[Any, np.ndarray, Any]]:
         """What the workers answer, in order, raising their errors; starts them if there are none yet."""
         self.asked[:] = asked
         self.turn = turn = object()
