@@ -68,12 +68,8 @@ def restarts() -> int:
 
 
 def _number(name: str, default: int) -> int:
-    text = os.environ.get(name)
-    if text is None:
-        return default
-    if not text.isdecimal():
-        raise RequestError(f"the environment has {name}={shortened(text)}; expected a number, as torchrun sets it")
-    return int(text)
+    text = os.environ.get(name, "")
+    return int(text) if text.isdecimal() else default  # `start` refuses others
 
 
 def own_slice(count: int, rank: int, world_size: int) -> slice:
@@ -103,6 +99,9 @@ def start(device: Any, config: dict[str, Any]) -> None:
     Raises:
         RequestError: they cannot meet, or were asked for different things.
     """
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        if not (text := os.environ.get(name, "0")).isdecimal():
+            raise RequestError(f"the environment has {name}={shortened(text)}; expected a number, as torchrun sets it")
     if world_size() == 1:
         return
     import torch

@@ -65,10 +65,14 @@ def going_on(config: dict[str, Any]) -> dict[str, Any]:
 
 def opened(config: dict[str, Any]) -> Path:
     """The directory of a run that begins or goes on, opened by the first process, with its log; told to all."""
-    directory = from_first(lambda: reopen(config) if config["resume"] else create(config))
-    start_log(directory / "train.log")
-    if is_first():
+
+    def open_it() -> Path:
+        directory = reopen(config) if config["resume"] else create(config)
         remember("run", str(directory))
+        return directory
+
+    directory = from_first(open_it)
+    start_log(directory / "train.log")
     return directory
 
 
