@@ -112,9 +112,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5, help="runs of each way (5)")
     parser.add_argument(
-        "--images", type=int, default=1000, help="of each of the first five classes, at most 6000 (1000)"
+        "--images", type=int, default=6000, help="of each of the first five classes, at most 6000 (6000)"
     )
-    parser.add_argument("--first-epochs", type=int, default=3, help="over those (3)")
+    parser.add_argument("--first-epochs", type=int, default=6, help="over those (6)")
     parser.add_argument("--epochs", type=int, default=20, help="over the few images of the other five (20)")
     parser.add_argument("--test", type=int, default=1000, help="test images of each class, at most 1000 (1000)")
     asked = parser.parse_args()
@@ -122,7 +122,7 @@ def main() -> None:
         folder = Path(temporary)
         first = run(
             *(folder, "first", *OURS, "dataset._target_=transfer.first_five", f"+dataset.train={asked.images}"),
-            *(f"+dataset.test={asked.test}", f"epochs={asked.first_epochs}"),
+            *(f"+dataset.test={asked.test}", f"epochs={asked.first_epochs}", "batch_size=256"),
         )
         lay(folder)
         seeds = ",".join(map(str, range(asked.seeds)))
