@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -23,6 +24,7 @@ from typing import Any, TypeVar
 from engine.errors import RequestError, RunError, one_line, shortened
 
 LONGEST_WAIT = timedelta(hours=1)  # for the others: one of them may download the data
+STARTING = 300  # seconds from the first process to the last
 PATIENCE = 20.0  # seconds from a signal to agreement; torchrun kills what has not ended after 30
 
 T = TypeVar("T")
@@ -120,7 +122,7 @@ def start(device: Any, config: dict[str, Any]) -> None:
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"  # what is said between steps never waits for the GPU
     try:
-        store = dist.PrefixStore(f"attempt{restarts()}", _store())
+        store = dist.PrefixStore(_met(), _store())
         dist.init_process_group(backend, store=store, rank=rank(), world_size=world_size(), timeout=LONGEST_WAIT)
     except (dist.DistError, RuntimeError) as error:
         raise RequestError(f"the processes cannot meet at {_address()}: {one_line(error, 200)}") from None
@@ -131,6 +133,31 @@ def start(device: Any, config: dict[str, Any]) -> None:
                 f"the processes were started with different settings: {_difference(configs[0], other, number)}; "
                 "start them all with the same command line"
             )
+
+
+def _met() -> str:
+    """A name that all processes have and that those before a restart had not, once all are there.
+
+    How often torchrun has started them does not serve: where a machine was replaced its torchrun counts from 0.
+    """
+    store, own = _store(), uuid.uuid4().hex
+    if is_first():
+        _name.append(own)
+        waiting, until = set(range(1, world_size())), time.monotonic() + STARTING
+        while waiting:
+            for other in [other for other in waiting if store.check([f"hello{other}"])]:
+                known = store.get(f"hello{other}").decode()  # perhaps of one that is gone, until another comes
+                store.set(f"welcome/{known}", own)
+                if store.check([f"here/{own}/{known}"]):
+                    waiting.discard(other)
+            if time.monotonic() > until:
+                raise RuntimeError(f"rank {min(waiting)} has not come")
+            time.sleep(0.01)
+    else:
+        store.set(f"hello{rank()}", own)
+        _name.append(store.get(f"welcome/{own}").decode())
+        store.set(f"here/{_name[-1]}/{own}", "")
+    return _name[-1]
 
 
 def _difference(first: dict[str, Any], other: dict[str, Any], number: int, path: str = "") -> str:
@@ -277,6 +304,13 @@ class Agreement:
 # Ends
 
 
+_name: list[str] = []  # of this start of the processes, once they have met
+
+
+def _start() -> str:
+    return _name[-1] if _name else str(restarts())
+
+
 def is_ours_to_tell(message: str, for_good: int | None = None) -> bool:
     """Whether an error is this process's to print: the error of the first one that fails is, the others follow from it.
 
@@ -290,11 +324,11 @@ def is_ours_to_tell(message: str, for_good: int | None = None) -> bool:
         store = _store(patience=10)
         if for_good is not None:
             store.set("ended", str(for_good))
-        is_first_to_fail = store.add(f"failures{restarts()}", 1) == 1
+        is_first_to_fail = store.add(f"failures/{_start()}", 1) == 1
         if is_first_to_fail:
-            store.set(f"failure{restarts()}", message)
+            store.set(f"failure/{_start()}", message)
         until = time.monotonic() + 3
-        while _keeps_store() and store.add(f"failures{restarts()}", 0) < world_size() and time.monotonic() < until:
+        while _keeps_store() and store.add(f"failures/{_start()}", 0) < world_size() and time.monotonic() < until:
             time.sleep(0.02)  # the others ask here, too
     except Exception:  # rather twice than never
         return True
@@ -321,7 +355,7 @@ def as_ours(error: BaseException) -> BaseException:
     if not isinstance(error, dist.DistError) and "gloo" not in str(error):
         return error
     try:
-        told = recalled(f"failure{restarts()}")
+        told = recalled(f"failure/{_start()}")
     except Exception:
         told = None
     return RunError(told or f"rank {rank()} has lost another process, which said nothing: it was killed, or crashed")
@@ -377,7 +411,7 @@ def _keeps_store() -> bool:
 _reached: list[Any] = []  # the store, once it was asked for; None where it was not to be had
 
 
-def _store(patience: float = 300) -> Any:
+def _store(patience: float = STARTING) -> Any:
     """The store of this launch, which torchrun has, or else the first process; asked for so many seconds.
 
     Raises:

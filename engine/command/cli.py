@@ -206,7 +206,7 @@ def _job(config: DictConfig) -> Any:
         return sweep.run_job(config, _checked, _main)
     try:
         checked = _checked(config)
-        if "name" in checked:
+        if "name" in checked and not distributed.is_launched():  # which may go on with the run that has the name
             runs.check_name(checked)
         twice = typed.given_twice(_overrides(HydraConfig.get())) if distributed.is_first() else []
         for name in twice:

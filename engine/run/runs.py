@@ -26,7 +26,7 @@ from omegaconf import OmegaConf
 
 from engine import files, terminal
 from engine.config import ROOT, RUNS
-from engine.distributed import from_first, is_first, recalled, remember, restarts, world_size
+from engine.distributed import from_first, is_first, recalled, remember, world_size
 from engine.errors import Interrupted, RequestError, RunError, one_line, shortened
 from engine.run import trust
 from engine.terminal import log
@@ -39,7 +39,7 @@ COLUMNS = ("epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy", 
 def check_name(config: dict[str, Any]) -> None:
     """Refuse (RequestError) the name of a new run if it is taken, or would have to be quoted in a shell."""
     name = config["name"]
-    if name is None or config["resume"] or not is_first() or restarts():  # the name may be taken by this run itself
+    if name is None or config["resume"] or not is_first():
         return
     sweep, _, own = name.rpartition("/")
     in_sweep = sweep and (RUNS / sweep / "sweep.json").is_file()  # a sweep's runs are named sweep/run
@@ -59,7 +59,7 @@ def check_plain(name: str) -> None:
 
 def going_on(config: dict[str, Any]) -> dict[str, Any]:
     """The configuration; where torchrun has started the processes of a run anew, to go on with the run."""
-    known = recalled("run") if restarts() else None
+    known = recalled("run")
     return config if known is None else {**config, "resume": known, "changed": []}
 
 
