@@ -8,6 +8,7 @@ gives back what it was given. Never imports torch, unless there are several proc
 from __future__ import annotations
 
 import gc
+import multiprocessing
 import os
 import signal
 import sys
@@ -181,6 +182,8 @@ def leave(exit_code: int) -> None:
     import torch.distributed as dist
 
     if dist.is_initialized():
+        for worker in multiprocessing.active_children():  # that reads samples
+            worker.kill()
         os._exit(exit_code)
 
 
