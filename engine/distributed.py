@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import json
+import multiprocessing
 import os
 import signal
 import sys
@@ -188,6 +189,8 @@ def leave(exit_code: int) -> None:
     import torch.distributed as dist
 
     if dist.is_initialized():
+        for worker in multiprocessing.active_children():  # that reads samples
+            worker.kill()
         os._exit(exit_code)
 
 
