@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=5, help="of one run each (5)")
     parser.add_argument("--epochs", type=int, default=4, help="of a run; the first does not count (4)")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="cuda if there is more than one GPU")
-    parser.add_argument("settings", nargs="*", help="of train.py, in place of those above (batch_size=128)")
+    parser.add_argument("settings", nargs="*", help="of train.py, in place of those above (batch_size=128 limit_batches=160)")
     asked = parser.parse_args(arguments)
     import torch
 
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     device = asked.device or ("cuda" if gpus > 1 else "cpu")
     processes = gpus if device == "cuda" else 2
     settings = ["model=cnn", "dataset=fashion_mnist", f"dataset.root={ROOT / 'data'}", f"device={device}"]
-    settings += [f"epochs={asked.epochs}", "batch_size=128", "limit_batches=100"]
+    settings += [f"epochs={asked.epochs}", "batch_size=512", "limit_batches=40"]
     settings += ["num_threads=1"] * (device == "cpu")
     kept = [own for own in settings if own.partition("=")[0] not in {a.partition("=")[0] for a in asked.settings}]
     each = "one thread" if device == "cpu" else "one GPU"
