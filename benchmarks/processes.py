@@ -37,7 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=5, help="of one run each (5)")
     parser.add_argument("--epochs", type=int, default=4, help="of a run; the first does not count (4)")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="cuda if there is more than one GPU")
-    parser.add_argument("settings", nargs="*", help="of train.py, in place of those above (batch_size=128 limit_batches=160)")
+    parser.add_argument(
+        "settings", nargs="*", help="of train.py, in place of those above (batch_size=128 limit_batches=160)"
+    )
     asked = parser.parse_args(arguments)
     import torch
 
