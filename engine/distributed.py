@@ -110,14 +110,6 @@ def start(device: Any, config: dict[str, Any]) -> None:
     import torch
     import torch.distributed as dist
 
-    needed = ("RANK", "MASTER_ADDR", "MASTER_PORT")
-    if missing := [name for name in needed if name not in os.environ]:
-        raise RequestError(
-            f"the environment has WORLD_SIZE={world_size()} and no {', '.join(missing)}; "
-            "start several processes with torchrun, or unset WORLD_SIZE"
-        )
-    if rank() >= world_size():
-        raise RequestError(f"the environment has RANK={rank()} and WORLD_SIZE={world_size()}; expected a smaller rank")
     backend = "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -402,6 +394,17 @@ class Rescue:
         signal.set_wakeup_fd(self._before)
 
 
+def _check_environment() -> None:
+    needed = ("RANK", "MASTER_ADDR", "MASTER_PORT")
+    if missing := [name for name in needed if name not in os.environ]:
+        raise RequestError(
+            f"the environment has WORLD_SIZE={world_size()} and no {', '.join(missing)}; "
+            "start several processes with torchrun, or unset WORLD_SIZE"
+        )
+    if rank() >= world_size():
+        raise RequestError(f"the environment has RANK={rank()} and WORLD_SIZE={world_size()}; expected a smaller rank")
+
+
 def _address() -> str:
     return f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
 
@@ -418,11 +421,12 @@ def _store(patience: float = STARTING) -> Any:
     """The store of this launch, which torchrun has, or else the first process; asked for so many seconds.
 
     Raises:
-        RequestError: its port is taken, or nobody is there.
+        RequestError: no launcher has made this environment, its port is taken, or nobody is there.
     """
     from torch.distributed import DistNetworkError, TCPStore
 
     if not _reached:
+        _check_environment()
         host, port = os.environ["MASTER_ADDR"], _number("MASTER_PORT", 0)
         own, wait = _keeps_store(), timedelta(seconds=patience)
         _reached.append(None)
