@@ -36,8 +36,8 @@ T = TypeVar("T")
 
 
 def rank() -> int:
-    """The number of this process, from 0."""
-    return _number("RANK", 0)
+    """The number of this process, from 0, which of one process it is whatever another launcher has left as RANK."""
+    return _number("RANK", 0) if world_size() > 1 else 0
 
 
 def world_size() -> int:
@@ -47,7 +47,7 @@ def world_size() -> int:
 
 def local_rank() -> int:
     """The number of this process on its machine, from 0."""
-    return _number("LOCAL_RANK", 0)
+    return _number("LOCAL_RANK", 0) if world_size() > 1 else 0
 
 
 def local_world_size() -> int:

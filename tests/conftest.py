@@ -55,7 +55,7 @@ def no_open_log() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def quick_composition() -> Iterator[None]:
-    """Let calls in this process compose a configuration in a third of the time, to the same configuration.
+    """Let calls in this process compose a configuration in half of the time, to the same configuration.
 
     Hydra parses some twenty YAML files for a command, and composes everything twice: at first only to learn whether a
     file sets hydra.mode, which searches alone do. Parsed files are kept here while their bytes are the same.

@@ -240,3 +240,20 @@ def test_several_processes_that_no_launcher_started_are_refused(
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "no RANK, MASTER_ADDR, MASTER_PORT; start several processes with torchrun" in call("train").error
     assert not (tmp_path / "checkpoints").exists()
+
+
+def test_numbers_that_another_launcher_has_left_do_not_silence_a_process(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "1")  # and no WORLD_SIZE: it is one process
+    answer = call("train", "epochs=1", "model.hidden=[8]", "dataset.limit=100", "name=run")
+    assert answer.code == 0 and "test     accuracy" in answer.out, answer.err
+    assert {"best.pt", "last.pt", "metrics.csv"} <= {file.name for file in (tmp_path / "checkpoints/run").iterdir()}
+
+
+@pytest.mark.parametrize("entry", ["export", "datasets"])
+def test_what_one_process_does_is_refused_to_several(call: Call, monkeypatch: pytest.MonkeyPatch, entry: str) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    assert call(entry).error == f"{entry}.py is one process; start it without torchrun"

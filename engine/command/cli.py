@@ -31,6 +31,7 @@ from engine.errors import Interrupted, RequestError, RunError, interrupt_behind,
 from engine.run import compare, runs, trackers
 
 LONGEST = 600  # characters of an error's line; of a longer one the end is kept too, which says what to do
+OF_SEVERAL = ("train", "evaluate", "predict")  # entry points that several processes can share
 OF_EXPERIMENT = "WORDS_OF_EXPERIMENT"  # in the environment, which a launcher's processes have too
 
 
@@ -205,6 +206,8 @@ def _job(config: DictConfig) -> Any:
     if sweep.is_job():
         return sweep.run_job(config, _checked, _main)
     try:
+        if distributed.world_size() > 1 and (entry := HydraConfig.get().job.name) not in OF_SEVERAL:
+            raise RequestError(f"{entry}.py is one process; start it without torchrun")
         checked = _checked(config)
         if "name" in checked and not distributed.is_launched():  # which may go on with the run that has the name
             runs.check_name(checked)

@@ -164,7 +164,8 @@ def save_config(directory: Path, config: dict[str, Any]) -> None:
 def close(directory: Path) -> None:
     """End a run that is finished: its log and its lock."""
     stop_log()
-    _locks.pop(directory, io.StringIO()).close()  # of several processes only the first has it
+    if lock := _locks.pop(directory, None):  # of several processes only the first has it
+        lock.close()
     _made.discard(directory)
 
 
