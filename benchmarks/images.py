@@ -225,8 +225,9 @@ def evaluate_on(batches: Batches) -> None:
             model(images)
 
 
-def folder_batches(root: Path, target: int, cache: bool, training: bool = True) -> Batches:
-    """Batches of `dataset=image_folder`."""
+def folder_batches(root: Path, pictures: Pictures, cache: bool, training: bool = True) -> Batches:
+    """Batches of `dataset=image_folder`, several for each process that reads."""
+    target, batch_size = pictures.target, min(BATCH, pictures.count // 8)
     scaled = [{"Resize": {"size": [target, target]}}]
     settings = {
         **SETTINGS,
@@ -242,7 +243,7 @@ def folder_batches(root: Path, target: int, cache: bool, training: bool = True) 
         "eval_transforms": scaled,
     }
     splits, _ = load_splits(settings, only="train")
-    return Batches(splits["train"], scaled, torch.device("cpu"), training=training, **RUN)
+    return Batches(splits["train"], scaled, torch.device("cpu"), training=training, **{**RUN, "batch_size": batch_size})
 
 
 def seconds(action: Callable[[], Any]) -> float:
@@ -274,15 +275,15 @@ def measure_files(pictures: Pictures, rounds: int) -> None:
         size = make_images(root, pictures)
         paths = [str(path) for path in sorted((root / "train").glob("*/*.jpg"))]
         of_size = f"{pictures.width}x{pictures.height}, {size / 1024:.0f} KB each"
-        print(f"\n{pictures.count:,} JPEGs of {of_size}, to {target}x{target}, batch {BATCH}")
+        print(f"\n{pictures.count:,} JPEGs of {of_size}, to {target}x{target}, batch {min(BATCH, pictures.count // 8)}")
         print(f"{cores()} processes, {rounds} rounds")
-        building = seconds(lambda: folder_batches(root, target, cache=True))
+        building = seconds(lambda: folder_batches(root, pictures, cache=True))
         loops: dict[str, Callable[[], Any]] = {
             f"plain loop, {name}": partial(plain_loop, decode, target, paths) for name, decode in PLAIN.items()
         }
-        loops["this project, first epoch"] = lambda: train_on(folder_batches(root, target, cache=False), 1)
-        loops["this project, evaluation"] = lambda: evaluate_on(folder_batches(root, target, False, training=False))
-        loops["this project, from the cache"] = lambda: train_on(folder_batches(root, target, cache=True), 1)
+        loops["this project, first epoch"] = lambda: train_on(folder_batches(root, pictures, cache=False), 1)
+        loops["this project, evaluation"] = lambda: evaluate_on(folder_batches(root, pictures, False, training=False))
+        loops["this project, from the cache"] = lambda: train_on(folder_batches(root, pictures, cache=True), 1)
         gc.freeze()  # as train.py does, here to the good of all
         times = in_turns(loops, rounds)
     fastest = min((name for name in times if name.startswith("plain")), key=lambda name: statistics.median(times[name]))
