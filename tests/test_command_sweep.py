@@ -53,6 +53,7 @@ def results(directory: Path) -> dict[str, Any]:
 # Directory, table, picture
 
 
+@pytest.mark.pictures
 def test_a_sweep_is_one_directory_and_ends_with_its_table(call: Call, tmp_path: Path) -> None:
     answer = call("train", "-m", "name=rates", "optimizer.lr=1e-3,0.5", "seed=0,1", *SMALL)
     assert answer.code == 0, answer.err
