@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import re
 import shutil
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, Call
+from conftest import ROOT, Answer
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -36,7 +37,35 @@ def tree(tmp_path: Path) -> Path:
     return copy
 
 
-def test_a_model_and_a_dataset_are_dropped_in(tree: Path, process: Call) -> None:
+SEVERAL = """
+import contextlib, io, json, sys
+from pathlib import Path
+root, *commands = json.load(sys.stdin)
+sys.path.insert(0, root)
+from engine.command.cli import launch
+answers = []
+for entry, *words in commands:
+    sys.argv = [f"{root}/{entry}.py", *words]
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            launch(entry)
+        except SystemExit as end:
+            code = end.code or 0
+    answers.append([code, out.getvalue(), err.getvalue()])
+print(json.dumps(answers))
+"""
+
+
+def answers(tree: Path, *commands: list[str]) -> list[Answer]:
+    """What commands come to in a copy of the tree, all in one process, as importing torch takes seconds."""
+    given, command = json.dumps([str(tree), *commands]), [sys.executable, "-c", SEVERAL]
+    done = subprocess.run(command, cwd=tree, input=given, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return [Answer(*answer) for answer in json.loads(done.stdout)]
+
+
+def test_a_model_and_a_dataset_are_dropped_in(tree: Path) -> None:
     for file in ("models/two_layers.py", "configs/model/two_layers.yaml", "configs/dataset/my_pictures.yaml"):
         (tree / file).write_text(block(file))
     with (tree / "datasets.py").open("a") as file:
@@ -50,23 +79,24 @@ def test_a_model_and_a_dataset_are_dropped_in(tree: Path, process: Call) -> None
         np.savez(tree / "data" / "my_pictures" / f"{part}.npz", images=images, labels=labels)
 
     both = ("dataset=my_pictures", "model=two_layers", "model.width=100", "epochs=10", "batch_size=8", "name=both")
-    answer = process("train", *both, root=tree, cwd=tree)
+    answer, help, width, name = answers(  # help and errors know them, too
+        tree,
+        ["train", *both],
+        ["train", "--help", "model=two_layers"],
+        ["train", "model=two_layers", "model.width=0"],
+        ["train", "model=two_layer"],
+    )
     assert answer.code == 0, answer.err
     assert f"two_layers, {360 * 100 + 100 + 100 * 3 + 3:,} parameters" in answer.out
     assert "my_pictures, 81 train, 9 val, 30 test, images 3x10x12, 3 classes" in answer.out
     assert "test     accuracy 100.00%" in answer.out
 
-    # Help and errors know them, too.
-    assert (
-        "neurons of the hidden layer (an integer >= 1)" in process("train", "--help", "model=two_layers", root=tree).out
-    )
-    assert process("train", "model=two_layers", "model.width=0", root=tree).error == (
-        "model.width=0: expected an integer >= 1"
-    )
-    assert "did you mean two_layers?" in process("train", "model=two_layer", root=tree).error
+    assert "neurons of the hidden layer (an integer >= 1)" in help.out
+    assert width.error == "model.width=0: expected an integer >= 1"
+    assert "did you mean two_layers?" in name.error
 
 
-def test_an_optimizer_a_schedule_and_a_loss_are_dropped_in(tree: Path, process: Call) -> None:
+def test_an_optimizer_a_schedule_and_a_loss_are_dropped_in(tree: Path) -> None:
     groups = ("configs/optimizer/adamax.yaml", "configs/scheduler/exponential.yaml", "configs/criterion/poly1.yaml")
     for file in (*groups, "losses.py"):
         assert not (tree / file).exists(), "the README adds what is there already"
@@ -74,15 +104,13 @@ def test_an_optimizer_a_schedule_and_a_loss_are_dropped_in(tree: Path, process: 
     command = re.search(r"`python train.py (optimizer=adamax .*?)`", README)
     assert command is not None
     arguments = (*command[1].split(), "scheduler.gamma=0.5", "epochs=4", "name=run")
-    answer = process("train", *arguments, root=tree, cwd=tree)
+    answer, wrong = answers(tree, ["train", *arguments], ["train", "criterion=poly1", "criterion.epsilon=-1"])
     assert answer.code == 0, answer.err
     with (tree / "checkpoints/run/metrics.csv").open() as file:
         rates = [float(row["lr"]) for row in csv.DictReader(file)]
     assert rates == pytest.approx([2e-3, 1e-3, 5e-4, 2.5e-4])
     assert float(re.findall(r"test +accuracy ([\d.]+)%", answer.out)[0]) > 80
-    assert process("train", "criterion=poly1", "criterion.epsilon=-1", root=tree).error == (
-        "criterion.epsilon=-1: expected a number >= 0"
-    )
+    assert wrong.error == "criterion.epsilon=-1: expected a number >= 0"
 
 
 def test_the_data_path_works_without_a_configuration() -> None:

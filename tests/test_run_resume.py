@@ -269,7 +269,7 @@ def check_signal(tmp_path: Path, number: int, code: int) -> float:
     return seconds
 
 
-def wait_for(condition: Any, timeout: float = 60) -> None:
+def wait_for(condition: Any, timeout: float = 180) -> None:
     end = time.monotonic() + timeout
     while not condition():
         assert time.monotonic() < end, "it did not come"
