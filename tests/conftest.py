@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import os
-import pickle
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
-from hydra._internal.hydra import Hydra
-from omegaconf import DictConfig, ListConfig, OmegaConf
-from processes import draw_quickly
+import quick
 
 from engine.command.cli import launch
-from engine.config import CONFIGS
 from engine.pictures import style
 from engine.run import runs
 
@@ -58,50 +51,9 @@ def no_open_log() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def quick_composition() -> Iterator[None]:
-    """Let calls in this process compose a configuration in half of the time, to the same configuration.
-
-    Hydra parses some twenty YAML files for a command, and composes everything twice: at first only to learn whether a
-    file sets hydra.mode, which searches alone do; then some are read again for their comments. What a text was parsed
-    to is kept here.
-    """
-    parsed: dict[str, bytes] = {}  # pickled: five times as fast to copy as OmegaConf's own way
-    plain: dict[Any, bytes] = {}
-    load, create, safe_load = OmegaConf.load, OmegaConf.create, yaml.safe_load
-    get_mode, ours = Hydra.get_mode, ("hydra.conf", str(CONFIGS), "")
-
-    def load_once(file: Any) -> DictConfig | ListConfig:
-        if not isinstance(file, io.TextIOWrapper):
-            return load(file)
-        text = file.read()
-        if text not in parsed:
-            file.seek(0)
-            parsed[text] = pickle.dumps(load(file))  # which names it, where it is no YAML
-        return pickle.loads(parsed[text])
-
-    def create_once(obj: Any = "", *arguments: Any, **named: Any) -> Any:
-        if not isinstance(obj, str) or arguments or named:
-            return create(obj, *arguments, **named)
-        if obj not in parsed:
-            parsed[obj] = pickle.dumps(create(obj))
-        return pickle.loads(parsed[obj])
-
-    def safe_load_once(stream: Any) -> Any:
-        if not isinstance(stream, str):
-            return safe_load(stream)
-        if stream not in plain:
-            plain[stream] = pickle.dumps(safe_load(stream))
-        return pickle.loads(plain[stream])
-
-    def mode_of(self: Hydra, config_name: str | None, overrides: list[str]) -> Any:
-        others = [source for source in self.config_loader.get_sources() if source.path not in ours]
-        may_be_set = others or any("hydra" in word or "hparams_search" in word for word in overrides)
-        return get_mode(self, config_name, overrides) if may_be_set else None
-
+    """Compose in half of the time, to the same configuration."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(OmegaConf, "load", staticmethod(load_once))
-        patch.setattr(OmegaConf, "create", staticmethod(create_once))
-        patch.setattr(yaml, "safe_load", safe_load_once)
-        patch.setattr(Hydra, "get_mode", mode_of)
+        quick.compose_quickly(patch.setattr)
         yield
 
 
@@ -117,7 +69,7 @@ def call(
     Its pictures are one white pixel, except in tests that are marked with `pictures`.
     """
     if not request.node.get_closest_marker("pictures"):
-        monkeypatch.setattr(style, "draw", draw_quickly)
+        monkeypatch.setattr(style, "draw", quick.draw_quickly)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # put back afterwards
 

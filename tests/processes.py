@@ -18,14 +18,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 _context = multiprocessing.get_context("forkserver")
 _MATPLOTLIB = ["matplotlib.figure", "matplotlib.backends.backend_agg"]
-_HYDRA = ["engine.command.cli", "hydra.main", "hydra._internal.hydra"]
 # torch._dynamo: every optimizer imports it, which takes as long as torch itself
-_context.set_forkserver_preload(["train", "evaluate", "predict", "torchvision", "torch._dynamo", *_MATPLOTLIB, *_HYDRA])
-
-# One white pixel, as a PNG.
-WHITE = bytes.fromhex(
-    "89504e470d0a1a0a0000000d49484452000000010000000108000000003a7e9b55"
-    "0000000a49444154789c63f80f0001010100b138f6140000000049454e44ae426082"
+_context.set_forkserver_preload(
+    ["train", "evaluate", "predict", "torchvision", "torch._dynamo", *_MATPLOTLIB, "quick", "warm"]
 )
 
 
@@ -64,14 +59,6 @@ class Command:
         self.process.join(timeout)
         assert self.process.exitcode is not None, f"still running after {timeout} s"
         return self.process.exitcode
-
-
-def draw_quickly(path: Path, *_: Any) -> bool:
-    """Write one white pixel as `style.draw` writes a picture, which takes a third of a short run."""
-    from engine import files
-
-    files.write(path, WHITE)
-    return True
 
 
 def start(
@@ -126,11 +113,14 @@ def _main(
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
     sys.argv = [str(ROOT / f"{entry}.py"), *arguments]
     Path(f".ready{name}").touch()
+    import quick
+
     from engine.command.cli import launch
     from engine.pictures import style
 
+    quick.compose_quickly(setattr)
     if not pictures:
-        style.draw = draw_quickly
+        style.draw = quick.draw_quickly
     if before:
         before(argument)
     launch(entry)

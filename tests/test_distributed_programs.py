@@ -61,8 +61,9 @@ def test_evaluation_comes_to_the_same_to_the_last_bit(trained: Path, tmp_path: P
         output.parent.mkdir()
     how = {"cwd": tmp_path, "pictures": name == "one checkpoint"}
     alone = processes.run("evaluate", *words, f"output={outputs[0]}", **how)
-    together = several(3, "evaluate", *words, f"output={outputs[1]}", **how)
-    assert alone.wait() == 0 and [command.wait() for command in together] == [0, 0, 0], together[0].err
+    count = 3 if name == "fewer samples than processes" else 2
+    together = several(count, "evaluate", *words, f"output={outputs[1]}", **how)
+    assert alone.wait() == 0 and [command.wait() for command in together] == [0] * count, together[0].err
     assert together[0].out.replace("together", "alone") == alone.out
     assert all(not command.out for command in together[1:]) and not any(command.err for command in together)
     written = sorted(path.name for path in outputs[0].parent.iterdir())
