@@ -95,7 +95,7 @@ def process(tmp_path: Path) -> Call:
             env={**os.environ, **environment},
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=300,
         )
         return Answer(done.returncode, done.stdout, done.stderr)
 

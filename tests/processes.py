@@ -6,6 +6,7 @@ import contextlib
 import multiprocessing
 import os
 import pickle
+import random
 import socket
 import sys
 import time
@@ -54,7 +55,7 @@ class Command:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, number)
 
-    def wait(self, timeout: float = 120) -> int:
+    def wait(self, timeout: float = 300) -> int:
         """The exit code; negative for a signal."""
         self.process.join(timeout)
         assert self.process.exitcode is not None, f"still running after {timeout} s"
@@ -131,10 +132,12 @@ def _main(
 
 
 def free_port() -> int:
-    """A port that nobody uses at the moment."""
-    with socket.socket() as opened:
-        opened.bind(("127.0.0.1", 0))
-        return int(opened.getsockname()[1])
+    """A port that nobody uses at the moment, below those that the system gives to whoever asks for any."""
+    while True:
+        port = random.SystemRandom().randrange(15_000, 30_000)  # other workers of the suite have the same seed
+        with socket.socket() as opened, contextlib.suppress(OSError):
+            opened.bind(("127.0.0.1", port))
+            return port
 
 
 @contextlib.contextmanager
@@ -163,9 +166,15 @@ def group(count: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
 
     `work` is found by its name in the module of a test, and what it returns is pickled.
     """
-    port, results = free_port(), _context.SimpleQueue()
+    with launcher() as launch:
+        return _group(count, launch, work, arguments)
+
+
+def _group(count: int, launch: dict[str, str], work: Callable[..., Any], arguments: Any) -> list[Any]:
+    results = _context.SimpleQueue()
     members = [
-        _context.Process(target=_member, args=(rank, count, port, results, work, arguments)) for rank in range(count)
+        _context.Process(target=_member, args=(launch | numbers(rank, count), results, work, arguments))
+        for rank in range(count)
     ]
     for member in members:
         member.start()
@@ -179,13 +188,13 @@ def group(count: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
             raise result
         found[rank] = result
     for member in members:
-        member.join(30)
+        member.join(120)
     return [found[rank] for rank in range(count)]
 
 
-def _member(rank: int, count: int, port: int, results: Any, work: Callable[..., Any], arguments: Any) -> None:
+def _member(variables: dict[str, str], results: Any, work: Callable[..., Any], arguments: Any) -> None:
     multiprocessing.set_start_method("fork", force=True)
-    os.environ |= numbers(rank, count) | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= variables
     import torch
 
     from engine import distributed
@@ -196,7 +205,9 @@ def _member(rank: int, count: int, port: int, results: Any, work: Callable[..., 
         distributed.finish()
     except BaseException as error:
         result = error
-    results.put((rank, pickle.dumps(result)))  # as it is: tensors would be sent as memory that ends with the process
+    results.put(
+        (int(variables["RANK"]), pickle.dumps(result))
+    )  # as it is: tensors would be sent as memory that ends with the process
 
 
 def numbers(rank: int, count: int) -> dict[str, str]:

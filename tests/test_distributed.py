@@ -12,7 +12,7 @@ import processes
 import pytest
 import torch
 from conftest import ROOT
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine import distributed
@@ -20,6 +20,7 @@ from engine.data import devices
 from engine.errors import RequestError, RunError
 
 
+@settings(deadline=None, database=None)  # no time to keep on a busy machine, and no folder in the tree
 @given(count=st.integers(0, 10_000), world_size=st.integers(1, 200))
 def test_slices_make_up_the_whole(count: int, world_size: int) -> None:
     slices = [distributed.own_slice(count, rank, world_size) for rank in range(world_size)]
