@@ -205,9 +205,8 @@ def _member(variables: dict[str, str], results: Any, work: Callable[..., Any], a
         distributed.finish()
     except BaseException as error:
         result = error
-    results.put(
-        (int(variables["RANK"]), pickle.dumps(result))
-    )  # as it is: tensors would be sent as memory that ends with the process
+    pickled = pickle.dumps(result)  # as it is: tensors would be sent as memory that ends with the process
+    results.put((int(variables["RANK"]), pickled))
 
 
 def numbers(rank: int, count: int) -> dict[str, str]:
