@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import io
 import logging
 import os
 import subprocess
@@ -12,14 +10,12 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
-from hydra._internal.hydra import Hydra
-from omegaconf import DictConfig, ListConfig, OmegaConf
+import quick
 
 from engine.command.cli import launch
-from engine.config import CONFIGS
+from engine.pictures import style
 from engine.run import runs
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -55,31 +51,9 @@ def no_open_log() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def quick_composition() -> Iterator[None]:
-    """Let calls in this process compose a configuration in half of the time, to the same configuration.
-
-    Hydra parses some twenty YAML files for a command, and composes everything twice: at first only to learn whether a
-    file sets hydra.mode, which searches alone do. Parsed files are kept here while their bytes are the same.
-    """
-    parsed: dict[str, DictConfig | ListConfig] = {}
-    load, get_mode, ours = OmegaConf.load, Hydra.get_mode, ("hydra.conf", str(CONFIGS), "")
-
-    def load_once(file: Any) -> DictConfig | ListConfig:
-        if not isinstance(file, io.TextIOWrapper):
-            return load(file)
-        text = file.read()
-        if text not in parsed:
-            file.seek(0)
-            parsed[text] = load(file)  # which names it, where it is no YAML
-        return copy.deepcopy(parsed[text])
-
-    def mode_of(self: Hydra, config_name: str | None, overrides: list[str]) -> Any:
-        others = [source for source in self.config_loader.get_sources() if source.path not in ours]
-        may_be_set = others or any("hydra" in word or "hparams_search" in word for word in overrides)
-        return get_mode(self, config_name, overrides) if may_be_set else None
-
+    """Compose in half of the time, to the same configuration."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(OmegaConf, "load", staticmethod(load_once))
-        patch.setattr(Hydra, "get_mode", mode_of)
+        quick.compose_quickly(patch.setattr)
         yield
 
 
@@ -87,8 +61,15 @@ Call = Callable[..., Answer]
 
 
 @pytest.fixture
-def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Call:
-    """`call("train", "epochs=1")` does what `python train.py epochs=1` does in `tmp_path`, within this process."""
+def call(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Call:
+    """`call("train", "epochs=1")` does what `python train.py epochs=1` does in `tmp_path`, within this process.
+
+    Its pictures are one white pixel, except in tests that are marked with `pictures`.
+    """
+    if not request.node.get_closest_marker("pictures"):
+        monkeypatch.setattr(style, "draw", quick.draw_quickly)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # put back afterwards
 
@@ -114,7 +95,7 @@ def process(tmp_path: Path) -> Call:
             env={**os.environ, **environment},
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=300,
         )
         return Answer(done.returncode, done.stdout, done.stderr)
 

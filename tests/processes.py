@@ -6,6 +6,7 @@ import contextlib
 import multiprocessing
 import os
 import pickle
+import random
 import socket
 import sys
 import time
@@ -19,7 +20,9 @@ ROOT = Path(__file__).resolve().parent.parent
 _context = multiprocessing.get_context("forkserver")
 _MATPLOTLIB = ["matplotlib.figure", "matplotlib.backends.backend_agg"]
 # torch._dynamo: every optimizer imports it, which takes as long as torch itself
-_context.set_forkserver_preload(["train", "evaluate", "predict", "torchvision", "torch._dynamo", *_MATPLOTLIB])
+_context.set_forkserver_preload(
+    ["train", "evaluate", "predict", "torchvision", "torch._dynamo", *_MATPLOTLIB, "quick", "warm"]
+)
 
 
 @dataclass
@@ -52,7 +55,7 @@ class Command:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, number)
 
-    def wait(self, timeout: float = 120) -> int:
+    def wait(self, timeout: float = 300) -> int:
         """The exit code; negative for a signal."""
         self.process.join(timeout)
         assert self.process.exitcode is not None, f"still running after {timeout} s"
@@ -66,11 +69,17 @@ def start(
     before: Callable[[str], None] | None = None,
     argument: str = "",
     variables: dict[str, str] | None = None,
+    pictures: bool = False,
 ) -> Command:
-    """Start an entry point in a directory, with variables in its environment; it first calls `before(argument)`."""
+    """Start an entry point in a directory, with variables in its environment; it first calls `before(argument)`.
+
+    Its pictures are one white pixel, unless `pictures` asks for them.
+    """
     cwd.mkdir(parents=True, exist_ok=True)
     name, variables = (variables or {}).get("RANK", ""), variables or {}
-    process = _context.Process(target=_main, args=(entry, arguments, str(cwd), before, argument, name, variables))
+    process = _context.Process(
+        target=_main, args=(entry, arguments, str(cwd), before, argument, name, variables, pictures)
+    )
     process.start()
     while not (cwd / f".ready{name}").exists() and process.is_alive():  # until it leads its own group
         time.sleep(0.005)
@@ -78,9 +87,9 @@ def start(
     return Command(process, cwd, time.monotonic(), name)
 
 
-def run(entry: str, *arguments: str, cwd: Path) -> Command:
+def run(entry: str, *arguments: str, cwd: Path, **how: Any) -> Command:
     """Start an entry point and wait for its end."""
-    command = start(entry, *arguments, cwd=cwd)
+    command = start(entry, *arguments, cwd=cwd, **how)
     command.wait()
     return command
 
@@ -93,6 +102,7 @@ def _main(
     argument: str,
     name: str,
     variables: dict[str, str],
+    pictures: bool,
 ) -> None:
     multiprocessing.set_start_method("fork", force=True)  # as in a program started from a shell
     os.setsid()
@@ -104,8 +114,14 @@ def _main(
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
     sys.argv = [str(ROOT / f"{entry}.py"), *arguments]
     Path(f".ready{name}").touch()
-    from engine.command.cli import launch
+    import quick
 
+    from engine.command.cli import launch
+    from engine.pictures import style
+
+    quick.compose_quickly(setattr)
+    if not pictures:
+        style.draw = quick.draw_quickly
     if before:
         before(argument)
     launch(entry)
@@ -116,10 +132,12 @@ def _main(
 
 
 def free_port() -> int:
-    """A port that nobody uses at the moment."""
-    with socket.socket() as opened:
-        opened.bind(("127.0.0.1", 0))
-        return int(opened.getsockname()[1])
+    """A port that nobody uses at the moment, below those that the system gives to whoever asks for any."""
+    while True:
+        port = random.SystemRandom().randrange(15_000, 30_000)  # other workers of the suite have the same seed
+        with socket.socket() as opened, contextlib.suppress(OSError):
+            opened.bind(("127.0.0.1", port))
+            return port
 
 
 @contextlib.contextmanager
@@ -148,9 +166,15 @@ def group(count: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
 
     `work` is found by its name in the module of a test, and what it returns is pickled.
     """
-    port, results = free_port(), _context.SimpleQueue()
+    with launcher() as launch:
+        return _group(count, launch, work, arguments)
+
+
+def _group(count: int, launch: dict[str, str], work: Callable[..., Any], arguments: Any) -> list[Any]:
+    results = _context.SimpleQueue()
     members = [
-        _context.Process(target=_member, args=(rank, count, port, results, work, arguments)) for rank in range(count)
+        _context.Process(target=_member, args=(launch | numbers(rank, count), results, work, arguments))
+        for rank in range(count)
     ]
     for member in members:
         member.start()
@@ -164,13 +188,13 @@ def group(count: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
             raise result
         found[rank] = result
     for member in members:
-        member.join(30)
+        member.join(120)
     return [found[rank] for rank in range(count)]
 
 
-def _member(rank: int, count: int, port: int, results: Any, work: Callable[..., Any], arguments: Any) -> None:
+def _member(variables: dict[str, str], results: Any, work: Callable[..., Any], arguments: Any) -> None:
     multiprocessing.set_start_method("fork", force=True)
-    os.environ |= numbers(rank, count) | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= variables
     import torch
 
     from engine import distributed
@@ -181,7 +205,8 @@ def _member(rank: int, count: int, port: int, results: Any, work: Callable[..., 
         distributed.finish()
     except BaseException as error:
         result = error
-    results.put((rank, pickle.dumps(result)))  # as it is: tensors would be sent as memory that ends with the process
+    pickled = pickle.dumps(result)  # as it is: tensors would be sent as memory that ends with the process
+    results.put((int(variables["RANK"]), pickled))
 
 
 def numbers(rank: int, count: int) -> dict[str, str]:

@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 from conftest import ROOT, Call
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
@@ -53,6 +54,7 @@ def results(directory: Path) -> dict[str, Any]:
 # Directory, table, picture
 
 
+@pytest.mark.pictures
 def test_a_sweep_is_one_directory_and_ends_with_its_table(call: Call, tmp_path: Path) -> None:
     answer = call("train", "-m", "name=rates", "optimizer.lr=1e-3,0.5", "seed=0,1", *SMALL)
     assert answer.code == 0, answer.err
@@ -183,17 +185,13 @@ def test_where_all_jobs_are_wrong_nothing_stays(call: Call, tmp_path: Path) -> N
 
 def start_and_stop(tmp_path: Path, arguments: list[str], number: int, after: int) -> tuple[int, str]:
     """Run train.py until `after` jobs have ended, send the signal, and return exit code and output."""
-    command = [sys.executable, str(ROOT / "train.py"), *arguments]
     journal = tmp_path / "checkpoints" / "s" / "jobs.jsonl"
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    with subprocess.Popen(command, cwd=tmp_path, start_new_session=True, **pipes) as process:
-        until = time.monotonic() + 60
-        while not journal.is_file() or len(ended(journal.parent)) < after:
-            assert process.poll() is None and time.monotonic() < until, process.communicate()
-            time.sleep(0.02)
-        os.killpg(process.pid, number)
-        out, _ = process.communicate(timeout=60)
-        return process.returncode, out
+    command, until = processes.start("train", *arguments, cwd=tmp_path), time.monotonic() + 180
+    while not journal.is_file() or len(ended(journal.parent)) < after:
+        assert command.process.is_alive() and time.monotonic() < until, command.out + command.err
+        time.sleep(0.02)
+    command.signal(number)
+    return command.wait(), command.out + command.err
 
 
 def test_a_stopped_sweep_shows_what_it_has_and_how_to_go_on(tmp_path: Path) -> None:

@@ -10,13 +10,13 @@ import random
 import re
 import resource
 import signal
-import subprocess
 import sys
 import time
 import traceback
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 import torch
 from PIL import Image
@@ -1116,11 +1116,6 @@ def test_a_cache_that_cannot_be_written(photos, tmp_path):
 # The whole program
 
 
-def train(directory, *arguments):
-    command = [sys.executable, str(ROOT / "train.py"), *arguments]
-    return subprocess.run(command, cwd=directory, capture_output=True, text=True, timeout=170)
-
-
 def test_a_run_gives_the_same_weights_for_any_num_workers(photos, tmp_path, call):
     listed = "[{Resize: {size: [16, 16]}},TrivialAugmentWide,RandomHorizontalFlip,{RandomRotation: {degrees: 30}}]"
     data = ["dataset=image_folder", f"dataset.root={photos}", f"dataset.train_transforms={listed}"]
@@ -1158,21 +1153,20 @@ def test_folders_and_lists_in_every_format_train_to_over_90_percent(photos, tmp_
 
 def test_an_unreadable_image_in_a_worker_is_one_line_and_exit_code_1(broken):
     top, bad = broken
-    done = train(top.parent, "dataset=image_folder", f"dataset.root={top}", "epochs=1", "num_workers=1", "device=cpu")
-    assert done.returncode == 1
-    assert re.fullmatch(rf"error: {re.escape(str(bad))}: cannot be read as an image \(.*\).*\n", done.stderr)
+    words = ["dataset=image_folder", f"dataset.root={top}", "epochs=1", "num_workers=1", "device=cpu"]
+    done = processes.run("train", *words, cwd=top.parent)
+    assert done.wait() == 1
+    assert re.fullmatch(rf"error: {re.escape(str(bad))}: cannot be read as an image \(.*\).*\n", done.err)
 
 
-def test_a_picture_of_samples_and_their_statistics(photos, tmp_path):
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "datasets.py"), "dataset=image_folder", f"dataset.root={photos}", "num_workers=0"],
-        cwd=tmp_path, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+@pytest.mark.pictures
+def test_a_picture_of_samples_and_their_statistics(photos, tmp_path, call):
+    done = call("datasets", "dataset=image_folder", f"dataset.root={photos}", "num_workers=0")
+    assert done.code == 0, done.err
     with Image.open(tmp_path / "samples.png") as picture:
         assert min(picture.size) > 300 and len(picture.convert("RGB").getcolors(10**6)) > 50
-    assert re.search(r"green +5 +1 +2\n", done.stdout)
-    mean = [float(x) for x in re.search(r"mean: \[(.*?)\]", done.stdout)[1].split(", ")]
+    assert re.search(r"green +5 +1 +2\n", done.out)
+    mean = [float(x) for x in re.search(r"mean: \[(.*?)\]", done.out)[1].split(", ")]
     files = datasets.image_folder(str(photos), 0.2, 3, 10**6)
     assert all(0.2 < value < 0.6 for value in mean) and len(files.classes) == 3
 

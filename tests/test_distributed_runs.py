@@ -149,17 +149,17 @@ def test_the_run_goes_on_where_processes_are_started_anew(tmp_path: Path, launch
     """As torchrun does after one of them was killed; what comes out is what comes of a run that nobody disturbed."""
     common = ["dataset.limit=101", "device=cpu", "batch_size=8", "model.dropout=0.3", "checkpoint.every_steps=5"]
     few = [*common, "epochs=3", "model.hidden=[16]"]
-    assert ended(start_several(3, *few, "name=calm", cwd=tmp_path, launch=launch)) == ([0, 0, 0], "")
+    assert ended(start_several(2, *few, "name=calm", cwd=tmp_path, launch=launch)) == ([0, 0], "")
     with processes.launcher() as other:
-        before = start_several(3, *few, "name=run", cwd=tmp_path, launch=other, before=die, argument="1 20")
+        before = start_several(2, *few, "name=run", cwd=tmp_path, launch=other, before=die, argument="1 20")
         codes, said = ended(before)
-        assert codes == [1, -signal.SIGKILL, 1]
+        assert codes == [1, -signal.SIGKILL]
         assert said.count("\n") == 1 and "has lost another process, which said nothing: it was killed" in said
         after = []
-        for rank in range(3):  # of which one is on a machine that is new
-            anew = other | processes.numbers(rank, 3) | {"TORCHELASTIC_RESTART_COUNT": str(rank % 2)}
+        for rank in range(2):  # of which one is on a machine that is new
+            anew = other | processes.numbers(rank, 2) | {"TORCHELASTIC_RESTART_COUNT": str(rank % 2)}
             after.append(processes.start("train", *few, "name=run", cwd=tmp_path, variables=anew))
-        assert ended(after) == ([0, 0, 0], "")
+        assert ended(after) == ([0, 0], "")
     assert "resumed  in epoch 2, after 5 steps" in after[0].out
     runs = tmp_path / "checkpoints"
     assert sorted(path.name for path in runs.iterdir()) == ["calm", "latest", "run"]
@@ -215,6 +215,19 @@ def gone(pids: Iterable[int]) -> bool:
 FEW = [str(processes.ROOT / "train.py"), "dataset.limit=200", "device=cpu", "model=cnn", "model.dropout=0.3"]
 
 
+def test_torchrun_starts_a_run(tmp_path: Path) -> None:
+    """The command of the README."""
+    arguments = ["--standalone", *FEW, "epochs=2", "name=run"]
+    agent = torchrun(*arguments, cwd=tmp_path)
+    assert agent.wait(300) == 0, (tmp_path / "log").read_text()
+    said = (tmp_path / "log").read_text()
+    assert said.count("device   cpu, 2 processes") == said.count("\ntest     accuracy ") == 1
+    run = tmp_path / "checkpoints" / "run"
+    assert len((run / "metrics.csv").read_text().splitlines()) == 3 and len(last(run)["random"]["others"]) == 1
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["latest", "run"]
+
+
+@pytest.mark.slow
 def test_torchrun_starts_a_run_anew_that_goes_on(tmp_path: Path) -> None:
     """The command of the README; the second process is killed once the run has saved its first epoch."""
     arguments = ["--standalone", "--max-restarts=3", *FEW, "epochs=30", "checkpoint.every_steps=1", "name=run"]
@@ -224,7 +237,7 @@ def test_torchrun_starts_a_run_anew_that_goes_on(tmp_path: Path) -> None:
         time.sleep(0.05)
         assert agent.poll() is None, (tmp_path / "log").read_text()
     os.kill(members(agent)[1], signal.SIGKILL)
-    assert agent.wait(120) == 0
+    assert agent.wait(300) == 0
     said = (tmp_path / "log").read_text()
     assert said.count("resumed  in epoch ") == 1 and said.count("\ntest     accuracy ") == 1
     assert len((run / "metrics.csv").read_text().splitlines()) == 31

@@ -163,29 +163,28 @@ def all_trained() -> dict[str, dict[str, Any]]:
         torch.set_default_dtype(torch.float32)
 
 
-@pytest.fixture(scope="module")
-def outcomes() -> dict[int, list[dict[str, dict[str, Any]]]]:
-    """By the number of processes, of each process, of each case."""
-    return {1: [all_trained()], 2: processes.group(2, all_trained), 3: processes.group(3, all_trained)}
-
-
 @pytest.mark.parametrize("count", [2, 3])
-@pytest.mark.parametrize("name", CASES)
-def test_the_number_of_processes_changes_rounding_only(
-    outcomes: dict[int, list[dict[str, dict[str, Any]]]], name: str, count: int
-) -> None:
-    one = outcomes[1][0][name]
-    first = outcomes[count][0][name]
-    for found in (outcome[name] for outcome in outcomes[count]):
-        assert (found["rows"], found["loss"]) == (first["rows"], first["loss"])  # each would decide as the others do
-        assert all(torch.equal(tensor, first["weights"][key]) for key, tensor in found["weights"].items())
+def test_the_number_of_processes_changes_rounding_only(count: int) -> None:
+    """All cases in one test, as starting processes takes longer than training in them."""
+    alone, together = all_trained(), processes.group(count, all_trained)
+    for name in CASES:
+        check(name, alone[name], [outcome[name] for outcome in together])
+
+
+def check(name: str, one: dict[str, Any], together: list[dict[str, Any]]) -> None:
+    """What each of several processes has of a case, against what one process has."""
+    first = together[0]
+    for found in together:
+        assert (found["rows"], found["loss"]) == (first["rows"], first["loss"]), name  # each would decide as the others
+        assert all(torch.equal(tensor, first["weights"][key]) for key, tensor in found["weights"].items()), name
         for (loss, accuracy), (other_loss, other_accuracy) in zip(one["rows"], found["rows"], strict=True):
-            assert other_loss == pytest.approx(loss, rel=1e-9) and other_accuracy == accuracy
-        assert list(found["weights"]) == list(one["weights"])
+            assert other_loss == pytest.approx(loss, rel=1e-9) and other_accuracy == accuracy, name
+        assert list(found["weights"]) == list(one["weights"]), name
         for key, tensor in one["weights"].items():
-            assert torch.allclose(found["weights"][key], tensor, rtol=1e-9, atol=1e-12), key
-        assert torch.equal(found["confusion"], one["confusion"]) and int(one["confusion"].sum()) == one["count"]
-        assert found["loss"] == pytest.approx(one["loss"], rel=1e-9)
-        assert found["tally"]["sizes"].tolist() == one["tally"]["sizes"].tolist()
-        assert found["tally"]["losses"].tolist() == pytest.approx(one["tally"]["losses"].tolist(), rel=1e-9)
-        assert found["tally"]["correct"] == one["tally"]["correct"]
+            assert torch.allclose(found["weights"][key], tensor, rtol=1e-9, atol=1e-12), (name, key)
+        assert torch.equal(found["confusion"], one["confusion"]), name
+        assert int(one["confusion"].sum()) == one["count"], name
+        assert found["loss"] == pytest.approx(one["loss"], rel=1e-9), name
+        assert found["tally"]["sizes"].tolist() == one["tally"]["sizes"].tolist(), name
+        assert found["tally"]["losses"].tolist() == pytest.approx(one["tally"]["losses"].tolist(), rel=1e-9), name
+        assert found["tally"]["correct"] == one["tally"]["correct"], name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import re
 import shutil
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, Call
+from conftest import ROOT, Answer
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -24,65 +25,91 @@ def block(file: str) -> str:
     return found[1]
 
 
-@pytest.fixture
-def tree(tmp_path: Path) -> Path:
-    """A copy of what the program needs."""
-    copy = tmp_path / "tree"
+SEVERAL = """
+import contextlib, io, json, sys
+root, *commands = json.load(sys.stdin)
+sys.path.insert(0, root)
+from engine.command.cli import launch
+answers = []
+for entry, *words in commands:
+    sys.argv = [f"{root}/{entry}.py", *words]
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            launch(entry)
+        except SystemExit as end:
+            code = end.code or 0
+    answers.append([code, out.getvalue(), err.getvalue()])
+print(json.dumps(answers))
+"""
+COMMANDS = {
+    "model and dataset": "dataset=my_pictures model=two_layers model.width=100 epochs=10 batch_size=8 name=both",
+    "help": "--help model=two_layers",
+    "a wrong width": "model=two_layers model.width=0",
+    "a wrong name": "model=two_layer",
+    "a wrong epsilon": "criterion=poly1 criterion.epsilon=-1",
+}
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what the program needs, into which everything that the README shows is dropped."""
+    copy = tmp_path_factory.mktemp("extended") / "tree"
     copy.mkdir()
     for file in ROOT.glob("*.py"):
         shutil.copy(file, copy)
     for folder in ("configs", "engine", "models", "data/digits"):
         shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    return copy
-
-
-def test_a_model_and_a_dataset_are_dropped_in(tree: Path, process: Call) -> None:
-    for file in ("models/two_layers.py", "configs/model/two_layers.yaml", "configs/dataset/my_pictures.yaml"):
-        (tree / file).write_text(block(file))
-    with (tree / "datasets.py").open("a") as file:
-        file.write("\n\n" + block("datasets.py"))
-    (tree / "data" / "my_pictures").mkdir()
+    groups = ("model/two_layers", "dataset/my_pictures", "optimizer/adamax", "scheduler/exponential", "criterion/poly1")
+    for name in ("models/two_layers.py", *(f"configs/{group}.yaml" for group in groups), "losses.py"):
+        assert not (copy / name).exists(), "the README adds what is there already"
+        (copy / name).write_text(block(name))
+    with (copy / "datasets.py").open("a") as opened:
+        opened.write("\n\n" + block("datasets.py"))
+    (copy / "data" / "my_pictures").mkdir()
     random = np.random.default_rng(0)
     for part, count in (("train", 90), ("test", 30)):
         labels = np.arange(count) % 3
         images = random.integers(0, 99, (count, 10, 12, 3)).astype(np.uint8)
         images[np.arange(count), :, :, labels] += 100  # the class is a colour
-        np.savez(tree / "data" / "my_pictures" / f"{part}.npz", images=images, labels=labels)
+        np.savez(copy / "data" / "my_pictures" / f"{part}.npz", images=images, labels=labels)
+    return copy
 
-    both = ("dataset=my_pictures", "model=two_layers", "model.width=100", "epochs=10", "batch_size=8", "name=both")
-    answer = process("train", *both, root=tree, cwd=tree)
+
+@pytest.fixture(scope="module")
+def answers(tree: Path) -> dict[str, Answer]:
+    """What the commands come to there, all in one process, as importing torch takes seconds."""
+    command = re.search(r"`python train.py (optimizer=adamax .*?)`", README)
+    assert command is not None
+    commands = COMMANDS | {"three parts": f"{command[1]} scheduler.gamma=0.5 epochs=4 name=run"}
+    given = json.dumps([str(tree), *(["train", *words.split()] for words in commands.values())])
+    program = [sys.executable, "-c", SEVERAL]
+    done = subprocess.run(program, cwd=tree, input=given, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return {name: Answer(*answer) for name, answer in zip(commands, json.loads(done.stdout), strict=True)}
+
+
+def test_a_model_and_a_dataset_are_dropped_in(answers: dict[str, Answer]) -> None:
+    answer = answers["model and dataset"]
     assert answer.code == 0, answer.err
     assert f"two_layers, {360 * 100 + 100 + 100 * 3 + 3:,} parameters" in answer.out
     assert "my_pictures, 81 train, 9 val, 30 test, images 3x10x12, 3 classes" in answer.out
     assert "test     accuracy 100.00%" in answer.out
 
     # Help and errors know them, too.
-    assert (
-        "neurons of the hidden layer (an integer >= 1)" in process("train", "--help", "model=two_layers", root=tree).out
-    )
-    assert process("train", "model=two_layers", "model.width=0", root=tree).error == (
-        "model.width=0: expected an integer >= 1"
-    )
-    assert "did you mean two_layers?" in process("train", "model=two_layer", root=tree).error
+    assert "neurons of the hidden layer (an integer >= 1)" in answers["help"].out
+    assert answers["a wrong width"].error == "model.width=0: expected an integer >= 1"
+    assert "did you mean two_layers?" in answers["a wrong name"].error
 
 
-def test_an_optimizer_a_schedule_and_a_loss_are_dropped_in(tree: Path, process: Call) -> None:
-    groups = ("configs/optimizer/adamax.yaml", "configs/scheduler/exponential.yaml", "configs/criterion/poly1.yaml")
-    for file in (*groups, "losses.py"):
-        assert not (tree / file).exists(), "the README adds what is there already"
-        (tree / file).write_text(block(file))
-    command = re.search(r"`python train.py (optimizer=adamax .*?)`", README)
-    assert command is not None
-    arguments = (*command[1].split(), "scheduler.gamma=0.5", "epochs=4", "name=run")
-    answer = process("train", *arguments, root=tree, cwd=tree)
+def test_an_optimizer_a_schedule_and_a_loss_are_dropped_in(tree: Path, answers: dict[str, Answer]) -> None:
+    answer = answers["three parts"]
     assert answer.code == 0, answer.err
     with (tree / "checkpoints/run/metrics.csv").open() as file:
         rates = [float(row["lr"]) for row in csv.DictReader(file)]
     assert rates == pytest.approx([2e-3, 1e-3, 5e-4, 2.5e-4])
     assert float(re.findall(r"test +accuracy ([\d.]+)%", answer.out)[0]) > 80
-    assert process("train", "criterion=poly1", "criterion.epsilon=-1", root=tree).error == (
-        "criterion.epsilon=-1: expected a number >= 0"
-    )
+    assert answers["a wrong epsilon"].error == "criterion.epsilon=-1: expected a number >= 0"
 
 
 def test_the_data_path_works_without_a_configuration() -> None:

@@ -49,7 +49,7 @@ class Run:
     def wait_for(self, lines: int) -> None:
         """Until so many more lines were written."""
         wanted = len(self.lines()) + lines
-        until = time.monotonic() + 60
+        until = time.monotonic() + 180
         while len(self.lines()) < wanted:
             assert time.monotonic() < until and self.process.poll() is None
             time.sleep(0.01)
@@ -137,14 +137,14 @@ def test_a_command_is_told_of_another_run(process: Call, tmp_path: Path, monkeyp
 
 
 FAULTS = """
-import resource, torch
+import resource, numpy
 from engine.process import keep_memory
 keep_memory()
 def step():
-    return torch.ones(5_000_000)  # 20 MB, 4,883 pages
+    return numpy.ones(5_000_000, numpy.float32)  # 20 MB, 4,883 pages; from malloc, as torch's, and sooner imported
 step()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(100):
+for _ in range(50):
     step()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
@@ -153,10 +153,11 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 def test_freed_memory_is_used_again(tmp_path: Path) -> None:
     def faults(**environment: str) -> int:
         kept = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
+        kept["NUMPY_MADVISE_HUGEPAGE"] = "0"  # pages that can be counted
         done = subprocess.run(
             [sys.executable, "-c", FAULTS], cwd=ROOT, env=kept | environment, capture_output=True, text=True, check=True
         )
         return int(done.stdout)
 
-    assert faults() < 25 * 4_800  # the heap may grow some times more
-    assert faults(MALLOC_MMAP_THRESHOLD_="65536") > 100 * 4_800  # the user's own word: anew each time
+    assert faults() < 12 * 4_800  # the heap may grow some times more
+    assert faults(MALLOC_MMAP_THRESHOLD_="65536") > 50 * 4_800  # the user's own word: anew each time

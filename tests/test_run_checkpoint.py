@@ -276,7 +276,7 @@ def save_for_ever(path: str) -> None:
         checkpoint.write(Path(path), state, keep=Path(path).with_name("previous.pt"))
 
 
-@pytest.mark.parametrize("kills", [10, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [5, pytest.param(200, marks=pytest.mark.slow)])
 def test_killed_while_saving_there_is_always_a_whole_checkpoint(tmp_path: Path, kills: int) -> None:
     import signal
     import time

@@ -21,6 +21,7 @@ from processes import run, start
 
 from engine.command.resume import choices_of_run
 from engine.config import CONFIGS
+from engine.run import checkpoint
 from engine.run.saver import Saver
 from engine.run.state import Progress
 
@@ -128,9 +129,29 @@ def trial(tmp_path: Path, recipe: list[str], repeats: int, seed: int) -> None:
         shutil.rmtree(cwd)
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(
+    "recipe", [pytest.param(name, marks=[pytest.mark.slow] * (name != "cnn, every technique")) for name in RECIPES]
+)
 def test_killed_and_resumed_ends_the_same(tmp_path: Path, recipe: str) -> None:
     trial(tmp_path, RECIPES[recipe], repeats=1, seed=1)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_stopped_and_resumed_ends_the_same(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: str
+) -> None:
+    """In this process, where a kill would end the tests, too: told to stop in the second epoch."""
+    small = [*RECIPES[recipe], *SAVING, "dataset.limit=400"]
+    for name in ("whole", "stopped"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "whole")
+    assert call("train", *small).code == 0
+    monkeypatch.chdir(tmp_path / "stopped")
+    with monkeypatch.context() as patch:
+        stop_in(patch, epoch=2, batch=3)
+        assert call("train", *small).code == 143
+    assert call("train", "resume=latest").code == 0
+    assert same(result(tmp_path / "stopped"), result(tmp_path / "whole"))
 
 
 @pytest.mark.slow
@@ -144,92 +165,78 @@ def test_killed_and_resumed_ends_the_same_many_times(tmp_path: Path, recipe: str
     trial(tmp_path, arguments, repeats=7, seed=2)
 
 
-def keep_every_last(keep: str) -> None:
-    """Keep a copy of the run's directory from every moment at which last.pt was written."""
-    from engine.run import checkpoint
-
+def test_resumed_from_every_step_ends_the_same(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From what the run's directory was at every moment at which last.pt had been written."""
+    few = ["epochs=2", "dataset.limit=100", "batch_size=32", "model.hidden=[16]", "model.dropout=0.2"]
+    kept: list[Path] = []
     write = checkpoint.write
 
-    def write_and_copy(path: Path, state: dict[str, Any], **options: Any) -> None:
+    def write_and_keep(path: Path, state: dict[str, Any], **options: Any) -> None:
         write(path, state, **options)
         if path.name == "last.pt":
-            shutil.copytree(path.parent, Path(keep) / f"{len(list(Path(keep).iterdir())):03}")
+            kept.append(tmp_path / f"kept{len(kept)}")
+            shutil.copytree(path.parent, kept[-1] / "checkpoints" / "run")
 
-    checkpoint.write = write_and_copy
-
-
-def test_resumed_from_every_step_ends_the_same(tmp_path: Path) -> None:
-    recipe = [
-        "epochs=2",
-        "dataset.limit=160",
-        "batch_size=32",
-        "model.dropout=0.2",
-        "name=run",
-        "checkpoint.every_steps=1",
-    ]
-    keep = tmp_path / "keep"
-    keep.mkdir()
-    whole = start("train", *recipe, cwd=tmp_path / "whole", before=keep_every_last, argument=str(keep))
-    assert whole.wait() == 0, whole.err
-    expected = result(tmp_path / "whole")
-    kept = sorted(keep.iterdir())
-    assert len(kept) == 2 * (5 + 1)  # every step, and the end of every epoch
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "write", write_and_keep)
+        assert call("train", *few, "name=run", "checkpoint.every_steps=1").code == 0
+    expected = result(tmp_path)
+    assert len(kept) == 2 * (4 + 1)  # every step, and the end of every epoch
     for step in kept:
-        cwd = tmp_path / step.name
-        shutil.copytree(step, cwd / "checkpoints" / "run")
-        finish(cwd)
-        assert same(result(cwd), expected), f"resumed at {step.name} it ended otherwise"
+        monkeypatch.chdir(step)
+        assert call("train", "resume=checkpoints/run").code == 0
+        assert same(result(step), expected), f"resumed at {step.name} it ended otherwise"
 
 
-def test_resume_takes_the_file_latest_or_the_directory(tmp_path: Path) -> None:
-    assert run("train", "epochs=1", "name=run", cwd=tmp_path).wait() == 0
+def test_resume_takes_the_file_latest_or_the_directory(call: Call, tmp_path: Path) -> None:
+    assert call("train", "epochs=1", "name=run", "dataset.limit=200").code == 0
     for epochs, way in enumerate(("latest", "checkpoints/run/last.pt", "checkpoints/run"), start=2):
-        command = run("train", f"resume={way}", f"epochs={epochs}", cwd=tmp_path)
-        assert command.wait() == 0, command.err
-        assert f"epoch {epochs}/{epochs}" in command.out
+        answer = call("train", f"resume={way}", f"epochs={epochs}")
+        assert answer.code == 0, answer.err
+        assert f"epoch {epochs}/{epochs}" in answer.out
     rows = (tmp_path / "checkpoints/run/metrics.csv").read_text().splitlines()
     assert [row.split(",")[0] for row in rows] == ["epoch", "1", "2", "3", "4"]
 
 
-def test_a_change_that_ends_exactness_is_refused_with_the_list(tmp_path: Path) -> None:
-    assert run("train", "epochs=2", "name=run", "optimizer=adam", cwd=tmp_path).wait() == 0
+def test_a_change_that_ends_exactness_is_refused_with_the_list(call: Call, tmp_path: Path) -> None:
+    assert call("train", "epochs=2", "name=run", "optimizer=adam", "dataset.limit=200").code == 0
     before = {path: path.read_bytes() for path in (tmp_path / "checkpoints/run").rglob("*") if path.is_file()}
-    refused = run("train", "resume=latest", "batch_size=32", "model=cnn", "optimizer.lr=0.01", cwd=tmp_path)
-    assert refused.wait() == 2
-    assert len(refused.err.splitlines()) == 1
+    refused = call("train", "resume=latest", "batch_size=32", "model=cnn", "optimizer.lr=0.01").error
     for difference in ("model mlp -> cnn", "batch_size 64 -> 32", "optimizer.lr 0.001 -> 0.01", "resume_changed=true"):
-        assert difference in refused.err
+        assert difference in refused
     assert before == {path: path.read_bytes() for path in (tmp_path / "checkpoints/run").rglob("*") if path.is_file()}
-    accepted = run("train", "resume=latest", "optimizer.lr=0.01", "resume_changed=true", "epochs=3", cwd=tmp_path)
-    assert accepted.wait() == 0, accepted.err
+    accepted = call("train", "resume=latest", "optimizer.lr=0.01", "resume_changed=true", "epochs=3")
+    assert accepted.code == 0, accepted.err
     last = torch.load(tmp_path / "checkpoints/run/last.pt", weights_only=True)
     assert last["config"]["optimizer"]["lr"] == 0.01
     assert "changed  optimizer.lr 0.001 -> 0.01" in accepted.out
 
 
-def test_a_changed_thread_count_is_a_warning(tmp_path: Path) -> None:
-    assert run("train", "epochs=1", "name=run", cwd=tmp_path).wait() == 0
+def test_a_changed_thread_count_is_a_warning(call: Call, tmp_path: Path) -> None:
+    assert call("train", "epochs=1", "name=run", "dataset.limit=200").code == 0
     path = tmp_path / "checkpoints/run/last.pt"
     saved = torch.load(path, weights_only=True)
     saved["environment"]["threads"] += 6
     torch.save(saved, path)
-    command = run("train", "resume=latest", "epochs=2", cwd=tmp_path)
-    assert command.wait() == 0
-    assert "warning  threads" in command.out
+    answer = call("train", "resume=latest", "epochs=2")
+    assert answer.code == 0
+    assert "warning  threads" in answer.out
 
 
-def test_damaged_last_is_reported_and_the_one_before_used(tmp_path: Path) -> None:
-    recipe = ["epochs=2", "name=run", "checkpoint.every_steps=5"]
-    assert run("train", *recipe, cwd=tmp_path / "whole").wait() == 0
-    assert run("train", *recipe, cwd=tmp_path / "damaged").wait() == 0
+def test_damaged_last_is_reported_and_the_one_before_used(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert call("train", "epochs=2", "name=run", "checkpoint.every_steps=5", "dataset.limit=700").code == 0
+    shutil.copytree(tmp_path / "checkpoints", tmp_path / "damaged" / "checkpoints", symlinks=True)
     last = tmp_path / "damaged/checkpoints/run/last.pt"
     content = bytearray(last.read_bytes())
     content[len(content) // 2] ^= 1
     last.write_bytes(content)
-    command = run("train", "resume=latest", cwd=tmp_path / "damaged")
-    assert command.wait() == 0, command.err
-    assert "last.pt: not a checkpoint, or a damaged one" in command.out and "previous.pt" in command.out
-    assert same(result(tmp_path / "damaged"), result(tmp_path / "whole"))
+    monkeypatch.chdir(tmp_path / "damaged")
+    answer = call("train", "resume=latest")
+    assert answer.code == 0, answer.err
+    assert "last.pt: not a checkpoint, or a damaged one" in answer.out and "previous.pt" in answer.out
+    assert same(result(tmp_path / "damaged"), result(tmp_path))
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -262,7 +269,7 @@ def check_signal(tmp_path: Path, number: int, code: int) -> float:
     return seconds
 
 
-def wait_for(condition: Any, timeout: float = 60) -> None:
+def wait_for(condition: Any, timeout: float = 180) -> None:
     end = time.monotonic() + timeout
     while not condition():
         assert time.monotonic() < end, "it did not come"
@@ -285,9 +292,9 @@ def test_a_second_process_is_kept_out_and_told_by_whom(tmp_path: Path, refusals:
     assert third.wait() == 0, third.err  # the lock of a process that is gone holds nobody up
 
 
-def test_a_loss_that_is_no_number_stops_the_run_and_is_never_saved(tmp_path: Path) -> None:
-    command = run("train", "epochs=9", "name=run", "optimizer.lr=1e8", "checkpoint.every_steps=1", cwd=tmp_path)
-    assert command.wait() == 1
+def test_a_loss_that_is_no_number_stops_the_run_and_is_never_saved(call: Call, tmp_path: Path) -> None:
+    command = call("train", "epochs=9", "name=run", "optimizer.lr=1e8", "checkpoint.every_steps=1")
+    assert command.code == 1
     assert command.err.count("\n") == 1
     assert "not a finite number any more, first in epoch 1, step" in command.err and "last.pt" in command.err
     saved = torch.load(tmp_path / "checkpoints/run/last.pt", weights_only=True)

@@ -76,17 +76,17 @@ def meet(folder: str) -> None:
         time.sleep(0.001)
 
 
-def test_eight_runs_started_at_once_have_eight_directories(tmp_path: Path) -> None:
-    arguments = ("debug=fast", "device=cpu")
+def test_runs_started_at_once_have_a_directory_each(tmp_path: Path) -> None:
+    arguments = ("debug=fast", "device=cpu", "model.hidden=[8]")
     started = [
         processes.start("train", *arguments, cwd=tmp_path / f"output-{i}", before=meet, argument=str(tmp_path))
-        for i in range(8)
+        for i in range(5)
     ]
     (tmp_path / "go").touch()
     for run in started:
         assert run.wait() == 0 and run.err == "", run.err
     directories = [p for p in (tmp_path / "checkpoints").iterdir() if not p.is_symlink()]
-    assert len(directories) == 8
+    assert len(directories) == 5
     for directory in directories:
         assert {"best.pt", "last.pt", "metrics.csv", "summary.json"} <= {p.name for p in directory.iterdir()}
         assert len(list(csv.DictReader((directory / "metrics.csv").open()))) == 1
