@@ -394,7 +394,7 @@ def test_a_run_ends_the_same_wherever_it_was_stopped(
     told = call("train", *words, "checkpoint.every_steps=1")
     assert told.code == 0, told.err
     assert "parameters are those of file.pt\n" in told.out and ", until epoch 2\n" in told.out, told.out
-    assert "learning rate x 0.03 on" in told.out
+    assert "learning rate x 0.3 on" in told.out
     monkeypatch.setattr(checkpoint, "write", write)
 
     begun, whole = torch.load(first, weights_only=True), result(tmp_path)
