@@ -19,9 +19,12 @@ class FastNet(nn.Module):
         logit_scale: factor on the logits; small, the first predictions are unsure and the head learns slowly.
         norm_momentum: share that the newest batch has in the running mean and variance of batch normalisation, 0 to 1.
         stride: step of the first convolution in pixels; 2 halves the image at once, for a quarter of the arithmetic.
+        last_padding: of the last convolution, 1 or 0. Without it a map of 3x3 places becomes a single one, for a ninth
+            of the arithmetic, and what is seen where counts.
 
     Raises:
-        ValueError: the images are smaller than 2x2 pixels, or there are no widths.
+        ValueError: the images are smaller than 2x2 pixels, there are no widths, or the last map is smaller than 3x3
+            places and not padded.
     """
 
     def __init__(
@@ -32,6 +35,7 @@ class FastNet(nn.Module):
         logit_scale: float,
         norm_momentum: float,
         stride: int = 1,
+        last_padding: int = 1,
     ) -> None:
         super().__init__()
         channels, height, width = input_shape
@@ -42,7 +46,8 @@ class FastNet(nn.Module):
         first = 2 * 4 * channels  # as many as a 2x2 patch has numbers, of both signs
         layers: list[nn.Module] = [nn.Conv2d(channels, first, 2, stride), nn.GELU()]
         height, width = ((side - 2) // stride + 1 for side in (height, width))
-        for wide_in, wide_out in zip([first, *widths], widths, strict=False):
+        paddings = [*[1] * (len(widths) - 1), last_padding]
+        for wide_in, wide_out, padding in zip([first, *widths[:-1]], widths, paddings, strict=True):
             halving = tuple(min(2, side) for side in (height, width))
             height, width = height // halving[0], width // halving[1]
             layers += [
@@ -50,10 +55,15 @@ class FastNet(nn.Module):
                 nn.MaxPool2d(halving),  # before the activation, of which there is then a quarter
                 nn.BatchNorm2d(wide_out, momentum=norm_momentum),
                 nn.GELU(),
-                _dirac_conv(wide_out, wide_out),
+                _dirac_conv(wide_out, wide_out, padding),
                 nn.BatchNorm2d(wide_out, momentum=norm_momentum),
                 nn.GELU(),
             ]
+        if min(height, width) < 3 and not last_padding:
+            raise ValueError(
+                f"last_padding=0 takes a last map of at least 3x3 places; it is {height}x{width} after "
+                f"{len(widths)} blocks of images of {input_shape[1]}x{input_shape[2]} pixels"
+            )
         self.features = nn.Sequential(*layers)
         self.features.to(memory_format=torch.channels_last)  # faster, as in models/cnn.py
         self.head = nn.Linear(widths[-1], num_classes, bias=False)
@@ -65,8 +75,8 @@ class FastNet(nn.Module):
         return self.head(features.amax((2, 3))) * self.logit_scale
 
 
-def _dirac_conv(channels_in: int, channels_out: int) -> nn.Conv2d:
+def _dirac_conv(channels_in: int, channels_out: int, padding: int = 1) -> nn.Conv2d:
     """A 3x3 convolution that at first passes its input on in its first channels; any others start at random."""
-    conv = nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=False)
+    conv = nn.Conv2d(channels_in, channels_out, 3, padding=padding, bias=False)
     nn.init.dirac_(conv.weight[:channels_in])
     return conv

@@ -329,6 +329,23 @@ def test_fastnet_with_the_widths_of_the_paper_has_its_size() -> None:
     assert count(model) == 2 * 2 * 3 * 24 + 24 + convolutions + norms + 256 * 10 == 1_972_792
 
 
+def test_fastnets_last_map_without_padding_is_one_place_that_sees_all() -> None:
+    """28 pixels are 14 after a step of two, 7 and 3 after the blocks; 1 after a 3x3 filter without padding."""
+    settings = {"widths": [4, 6], "stride": 2, "last_padding": 0}
+    model, seen = build_model("fastnet", (1, 28, 28), 10, **settings).eval(), []
+    convs = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+    for conv in convs:
+        conv.register_forward_hook(lambda _module, given, result: seen.append((given[0], result)))
+    model(torch.rand(2, 1, 28, 28))
+    assert [tuple(result.shape[1:]) for _, result in seen] == [
+        (8, 14, 14),
+        *[(4, 14, 14), (4, 7, 7)],
+        *[(6, 7, 7), (6, 1, 1)],
+    ]
+    last_map, place = seen[-1]
+    torch.testing.assert_close(place.flatten(1), last_map.flatten(1) @ convs[-1].weight.detach().flatten(1).T)
+
+
 def test_fastnet_passes_its_input_on_at_first() -> None:
     model = build_model("fastnet", (1, 28, 28), 10)
     convs = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
@@ -369,6 +386,11 @@ def test_fastnets_newest_batch_counts_as_it_is_told() -> None:
 def test_fastnet_refuses_what_it_cannot_take(shape: tuple[int, int, int], widths: list[int], said: str) -> None:
     with pytest.raises(RequestError, match=said):
         build_model("fastnet", shape, 10, widths=widths)
+
+
+def test_fastnet_refuses_a_last_map_that_is_too_small_to_go_unpadded() -> None:
+    with pytest.raises(RequestError, match="of at least 3x3 places; it is 1x1 after 3 blocks of images of 8x8 pixels"):
+        build_model("fastnet", (1, 8, 8), 10, last_padding=0)
 
 
 def test_fastnet_of_many_blocks_halves_what_can_be_halved() -> None:
