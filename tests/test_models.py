@@ -343,7 +343,7 @@ def test_fastnets_last_map_without_padding_is_one_place_that_sees_all() -> None:
         *[(6, 7, 7), (6, 1, 1)],
     ]
     last_map, place = seen[-1]
-    torch.testing.assert_close(place.flatten(1), last_map.flatten(1) @ convs[-1].weight.detach().flatten(1).T)
+    torch.testing.assert_close(place, nn.functional.conv2d(last_map, convs[-1].weight))
 
 
 def test_fastnet_passes_its_input_on_at_first() -> None:
@@ -380,17 +380,32 @@ def test_fastnets_newest_batch_counts_as_it_is_told() -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "widths", "said"),
-    [((1, 1, 8), [4], "images of 1x8 pixels are too small"), ((1, 8, 8), [], "expected the channels of at least one")],
+    ("shape", "settings", "said"),
+    [
+        ((1, 1, 8), {}, "images of 1x8 pixels are too small"),
+        ((1, 8, 8), {"widths": []}, "expected the channels of at least one"),
+        ((1, 8, 8), {"activation": "tanh"}, "activation=tanh: expected one of gelu, relu, silu"),
+        ((1, 8, 8), {"last_padding": 0}, "at least 3x3 places; it is 1x1 after 3 blocks of images of 8x8 pixels"),
+    ],
 )
-def test_fastnet_refuses_what_it_cannot_take(shape: tuple[int, int, int], widths: list[int], said: str) -> None:
+def test_fastnet_refuses_what_it_cannot_take(
+    shape: tuple[int, int, int], settings: dict[str, object], said: str
+) -> None:
     with pytest.raises(RequestError, match=said):
-        build_model("fastnet", shape, 10, widths=widths)
+        build_model("fastnet", shape, 10, **settings)
 
 
-def test_fastnet_refuses_a_last_map_that_is_too_small_to_go_unpadded() -> None:
-    with pytest.raises(RequestError, match="of at least 3x3 places; it is 1x1 after 3 blocks of images of 8x8 pixels"):
-        build_model("fastnet", (1, 8, 8), 10, last_padding=0)
+@pytest.mark.parametrize("activation", ["gelu", "relu", "silu"])
+def test_fastnets_activation_is_the_one_that_is_named(activation: str) -> None:
+    """Of 0.5, by hand: itself times 0.691462 of the normal distribution, 1, and 0.622459 of the logistic function."""
+    model = build_model("fastnet", (1, 28, 28), 10, activation=activation)
+    expected = {"gelu": 0.345731, "relu": 0.5, "silu": 0.311230}[activation]
+    found = [
+        module for module in model.features if not list(module.parameters()) and "Pool" not in type(module).__name__
+    ]
+    assert len(found) == 1 + 3 * 2
+    for module in found:
+        assert module(torch.tensor(0.5)).item() == pytest.approx(expected, abs=1e-6)
 
 
 def test_fastnet_of_many_blocks_halves_what_can_be_halved() -> None:
