@@ -88,15 +88,15 @@ def the_tutorial(seed: int) -> tuple[float, float]:
     return right / len(data.test[1]), time.perf_counter() - began
 
 
-def fold_of_digits(fold: int) -> ImageData:
-    """The digits, of each class another fifth for the test: every fifth sample, from number `fold` on."""
+def fold_of_digits(part: int) -> ImageData:
+    """The digits, of each class another fifth for the test: every fifth sample, from number `part` on."""
     whole = digits()
     assert isinstance(whole.train, tuple) and isinstance(whole.test, tuple)
     images, labels = (torch.cat(parts) for parts in zip(whole.train, whole.test, strict=True))
     place = torch.zeros_like(labels)
     for number in range(len(whole.classes)):
         place[labels == number] = torch.arange(int((labels == number).sum()))
-    test = place % FOLDS == fold
+    test = place % FOLDS == part
     return ImageData((images[~test], labels[~test]), (images[test], labels[test]), whole.classes)
 
 
@@ -104,7 +104,7 @@ def train(recipe: str, seed: int, folder: Path) -> tuple[float, float]:
     """Test accuracy and seconds of the epochs, of one run in an empty folder."""
     words = [f"experiment={recipe}", f"seed={seed}", f"name={recipe}_{seed}"]
     if recipe.startswith("digits"):
-        words += ["dataset._target_=recipes.fold_of_digits", f"+dataset.fold={seed}"]
+        words += ["dataset._target_=recipes.fold_of_digits", f"+dataset.part={seed}"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "benchmarks")}
     where = {"cwd": folder, "env": environment, "check": True}
     subprocess.run([sys.executable, str(ROOT / "train.py"), *words], **where)
