@@ -85,7 +85,7 @@ class FastNet(nn.Module):
 class _Conv(nn.Conv2d):
     """A convolution; where its filters cover the whole map the matrix product that it is then, whose backward is quick.
 
-    On CPUs the backward of a convolution that leaves a single place takes twenty times as long as the product's.
+    On two cores, for 256 images in bfloat16, the backward of the convolution took seven times as long as the product's.
     """
 
     def forward(self, images: Tensor) -> Tensor:

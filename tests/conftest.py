@@ -88,10 +88,10 @@ def call(
 def process(tmp_path: Path) -> Call:
     """`process("train", "epochs=1")` runs `python train.py epochs=1` in `tmp_path`."""
 
-    def run(entry: str, *arguments: str, root: Path = ROOT, cwd: Path = tmp_path, **environment: str) -> Answer:
+    def run(entry: str, *arguments: str, **environment: str) -> Answer:
         done = subprocess.run(
-            [sys.executable, root / f"{entry}.py", *arguments],
-            cwd=cwd,
+            [sys.executable, ROOT / f"{entry}.py", *arguments],
+            cwd=tmp_path,
             env={**os.environ, **environment},
             capture_output=True,
             text=True,
