@@ -15,10 +15,10 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from engine import files
 from engine.config import CONFIGS
 
-# One white pixel, as a PNG.
+# One white pixel as an RGBA PNG, as matplotlib writes them: TensorBoard takes no other number of dimensions.
 WHITE = bytes.fromhex(
-    "89504e470d0a1a0a0000000d49484452000000010000000108000000003a7e9b55"
-    "0000000a49444154789c63f80f0001010100b138f6140000000049454e44ae426082"
+    "89504e470d0a1a0a0000000d49484452000000010000000108060000001f15c489000000"
+    "0b4944415478da63f80f040009fb03fd68fa1ccc0000000049454e44ae426082"
 )
 
 
