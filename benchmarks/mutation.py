@@ -56,6 +56,8 @@ TESTS: dict[str, Sequence[str]] = {
     "engine/command/resume.py": ["command_resume"],
     "engine/command/sweep.py": ["command_sweep_jobs", "command_sweep"],
     "train.py": ["train_parts", "training_progress"],
+    "evaluate.py": ["reference", "evaluate"],
+    "predict.py": ["predict", "reference"],
     "engine/training/step.py": ["training_step"],
     "engine/training/losses.py": ["training_losses"],
     "engine/training/optimizers.py": ["training_optimizers"],

@@ -56,9 +56,10 @@ class FastNet(nn.Module):
         paddings = [*[1] * (len(widths) - 1), last_padding]
         for wide_in, wide_out, padding in zip([first, *widths[:-1]], widths, paddings, strict=True):
             halving = tuple(min(2, side) for side in (height, width))
+            left_out = (height % halving[0], width % halving[1])
             height, width = height // halving[0], width // halving[1]
             layers += [
-                _dirac_conv(wide_in, wide_out),
+                _dirac_conv(wide_in, wide_out, left_out=left_out),
                 nn.MaxPool2d(halving),  # before the activation, of which there is then a quarter
                 nn.BatchNorm2d(wide_out, momentum=norm_momentum),
                 active(),
@@ -83,19 +84,30 @@ class FastNet(nn.Module):
 
 
 class _Conv(nn.Conv2d):
-    """A convolution; where its filters cover the whole map the matrix product that it is then, whose backward is quick.
+    """A 3x3 convolution that computes no more than is used.
 
-    On two cores, for 256 images in bfloat16, the backward of the convolution took seven times as long as the product's.
+    Where its filters cover the whole map it is the matrix product that it is then: on two cores, for 256 images in
+    bfloat16, the backward of the convolution took seven times as long as the product's.
+
+    Args:
+        left_out: rows and columns at the end of the map, 0 or 1 each, which the pooling after it would leave out.
     """
 
+    def __init__(self, channels_in: int, channels_out: int, padding: int, left_out: tuple[int, int]) -> None:
+        super().__init__(channels_in, channels_out, 3, padding=padding, bias=False)
+        self.left_out = left_out
+
     def forward(self, images: Tensor) -> Tensor:
-        if self.padding != (0, 0) or images.shape[-2:] != self.kernel_size:
+        if self.padding == (0, 0) and images.shape[-2:] == self.kernel_size:
+            return nn.functional.linear(images.flatten(1), self.weight.flatten(1))[:, :, None, None]
+        if not any(self.left_out):
             return super().forward(images)
-        return nn.functional.linear(images.flatten(1), self.weight.flatten(1))[:, :, None, None]
+        rows, columns = self.left_out
+        return nn.functional.conv2d(nn.functional.pad(images, (1, 1 - columns, 1, 1 - rows)), self.weight)
 
 
-def _dirac_conv(channels_in: int, channels_out: int, padding: int = 1) -> nn.Conv2d:
+def _dirac_conv(channels_in: int, channels_out: int, padding: int = 1, left_out: tuple[int, int] = (0, 0)) -> nn.Conv2d:
     """A 3x3 convolution that at first passes its input on in its first channels; any others start at random."""
-    conv = _Conv(channels_in, channels_out, 3, padding=padding, bias=False)
+    conv = _Conv(channels_in, channels_out, padding, left_out)
     nn.init.dirac_(conv.weight[:channels_in])
     return conv

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from pathlib import Path
@@ -320,9 +321,9 @@ def test_fastnet_with_the_widths_of_the_paper_has_its_size() -> None:
     model(torch.rand(1, 3, 32, 32))
     assert seen == [
         (24, 31, 31),
-        *[(64, 31, 31), (64, 15, 15), (64, 15, 15)],
-        *[(256, 15, 15), (256, 7, 7), (256, 7, 7)],
-        *[(256, 7, 7), (256, 3, 3), (256, 3, 3)],
+        *[(64, 30, 30), (64, 15, 15), (64, 15, 15)],  # of 31 rows the pool would leave one out
+        *[(256, 14, 14), (256, 7, 7), (256, 7, 7)],
+        *[(256, 6, 6), (256, 3, 3), (256, 3, 3)],
     ]
     convolutions = 9 * (24 * 64 + 64 * 64 + 64 * 256 + 3 * 256 * 256)
     norms = 2 * (2 * 64 + 4 * 256)
@@ -340,10 +341,26 @@ def test_fastnets_last_map_without_padding_is_one_place_that_sees_all() -> None:
     assert [tuple(result.shape[1:]) for _, result in seen] == [
         (8, 14, 14),
         *[(4, 14, 14), (4, 7, 7)],
-        *[(6, 7, 7), (6, 1, 1)],
+        *[(6, 6, 6), (6, 1, 1)],
     ]
     last_map, place = seen[-1]
     torch.testing.assert_close(place, nn.functional.conv2d(last_map, convs[-1].weight))
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 32), (1, 29, 22), (1, 12, 31), (1, 5, 7)])
+def test_fastnet_pools_what_whole_convolutions_give(shape: tuple[int, int, int]) -> None:
+    """Rows and columns are left out only where the pool does so: 3x32x32 goes 31, 15, 7, the others odd and even."""
+    model, met = build_model("fastnet", shape, 10, widths=[3, 5, 4]).eval(), []
+    layers = list(model.features)
+    pairs = [(a, b) for a, b in itertools.pairwise(layers) if isinstance(b, nn.MaxPool2d)]
+    for conv, pool in pairs:
+        conv.register_forward_hook(lambda _module, given, _result: met.append(given[0]))
+        pool.register_forward_hook(lambda _module, _given, result: met.append(result))
+    model(torch.rand(2, *shape))
+    assert len(met) == 2 * len(pairs) == 6
+    for (conv, pool), given, pooled in zip(pairs, met[::2], met[1::2], strict=True):
+        whole = nn.functional.conv2d(given, conv.weight, padding=1)
+        torch.testing.assert_close(pooled, nn.functional.max_pool2d(whole, pool.kernel_size))
 
 
 def test_fastnet_passes_its_input_on_at_first() -> None:
@@ -357,7 +374,9 @@ def test_fastnet_passes_its_input_on_at_first() -> None:
     for conv in convs[1:]:
         images = torch.randn(1, conv.in_channels, 5, 5)
         result = conv(images)
-        torch.testing.assert_close(result[:, : conv.in_channels], images)
+        rows, columns = result.shape[-2:]  # 4 where a pool would leave the fifth out
+        assert (rows, columns) in ((4, 4), (5, 5))
+        torch.testing.assert_close(result[:, : conv.in_channels], images[..., :rows, :columns])
         others = result[:, conv.in_channels :]
         assert others.numel() == 0 or others.std() > 0.1
 

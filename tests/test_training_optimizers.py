@@ -157,6 +157,19 @@ def test_the_singular_values_of_a_step_are_near_one(shape: tuple[int, int], size
     assert (inside - inside.diag().diag()).abs().max() < (1e-4 if dtype == torch.float32 else 0.1)
 
 
+@pytest.mark.parametrize("shape", [(12, 12), (9, 60), (60, 9)])
+def test_small_singular_values_are_raised_as_the_iteration_has_it(shape: tuple[int, int]) -> None:
+    """The five polynomials, one after the other on each singular value in float64: from 1 down to a ten-thousandth."""
+    u, _, v = torch.linalg.svd(drawn(*shape).double(), full_matrices=False)
+    values = torch.logspace(0, -4, min(shape), dtype=torch.float64)
+    expected = values / values.norm()
+    for _ in range(5):
+        expected = 3.4445 * expected - 4.7750 * expected**3 + 2.0315 * expected**5
+    found = orthogonalised(((u * values) @ v).float()[None], torch.float32)[0]
+    torch.testing.assert_close(found.double(), (u * expected) @ v, rtol=0, atol=1e-3)
+    assert expected.min() < 0.1 and found.abs().max() > 0.1  # neither all alike nor nothing
+
+
 def test_without_a_gradient_nothing_moves() -> None:
     parameter = nn.Parameter(drawn(3, 5))
     optimizer = Muon([parameter], weight_decay=0.0)

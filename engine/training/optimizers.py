@@ -256,9 +256,25 @@ def orthogonalised(matrices: Tensor, dtype: torch.dtype) -> Tensor:
     tall = matrices.shape[1] > matrices.shape[2]
     x = (matrices.mT if tall else matrices).to(dtype)  # the product x x^T is the smaller one so
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    for _ in range(5):
-        product = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(product, product, product, beta=b, alpha=c), x, beta=a)
+
+    if dtype == torch.bfloat16:
+        for _ in range(5):
+            product = x @ x.mT
+            x = torch.baddbmm(x, torch.baddbmm(product, product, product, beta=b, alpha=c), x, beta=a)
+        return x.mT if tall else x
+
+    # The same as one factor of x, a polynomial of x x^T: half of the arithmetic where x is wide. bfloat16 is too coarse
+    # for it, as the squares of small singular values are lost in the product.
+    def step(product: Tensor) -> Tensor:
+        result = torch.baddbmm(product, product, product, beta=b, alpha=c)
+        result.diagonal(dim1=1, dim2=2).add_(a)
+        return result
+
+    product = x @ x.mT
+    factor = step(product)
+    for _ in range(4):
+        factor = step(factor @ product @ factor) @ factor
+    x = factor @ x
     return x.mT if tall else x
 
 
