@@ -52,7 +52,7 @@ def classifier(
     if known.fixed_input_size:
         settings["img_size"] = (height, width)
     try:
-        model = timm.create_model(name, **settings)
+        model: Any = timm.create_model(name, **settings)
         patch = getattr(getattr(model, "patch_embed", None), "patch_size", None) or (1, 1)
         assert height % patch[0] == width % patch[1] == 0, f"its patches have {patch[0]}x{patch[1]}"
     except Exception as error:  # whatever a model's constructor, or what fits weights to it, is stopped by
