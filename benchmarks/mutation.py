@@ -57,7 +57,7 @@ TESTS: dict[str, Sequence[str]] = {
     "engine/command/sweep.py": ["command_sweep_jobs", "command_sweep"],
     "train.py": ["train_parts", "training_progress"],
     "evaluate.py": ["reference", "evaluate"],
-    "predict.py": ["predict", "reference"],
+    "predict.py": ["predict", "reference", "export"],
     "engine/training/step.py": ["training_step"],
     "engine/training/losses.py": ["training_losses"],
     "engine/training/optimizers.py": ["training_optimizers"],

@@ -699,6 +699,24 @@ def test_every_mistake_is_listed_by_its_place_in_the_data(call: Call, trained: P
     assert [row["probability"] for row in rows] == sorted((row["probability"] for row in rows), reverse=True)
 
 
+def test_the_picture_of_mistakes_gets_the_first_rows_of_their_list(
+    call: Call, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, Sequence[Any]] = {}
+    monkeypatch.setattr(style, "draw", lambda path, figure, *rest: given.update({figure.__name__: rest}) or True)
+    call("evaluate")
+    with (trained / "mistakes.csv").open(newline="") as lines:
+        rows = list(csv.DictReader(lines))[:24]
+    images, truths, predictions, probabilities, classes, _, names = given["mistakes_figure"]
+    assert names == [f"sample {row['sample']}" for row in rows] and len(names) == 24
+    assert [classes[label] for label in truths] == [row["true"] for row in rows]
+    assert [classes[label] for label in predictions] == [row["predicted"] for row in rows]
+    assert probabilities == pytest.approx([float(row["probability"]) for row in rows], abs=2e-6)
+    whole = datasets.digits().test
+    assert isinstance(whole, tuple)
+    torch.testing.assert_close(images, whole[0][[int(row["sample"]) for row in rows]] / 255)
+
+
 def test_weights_that_are_not_finite_are_refused(call: Call, trained: Path) -> None:
     saved = torch.load(trained / "best.pt", weights_only=True)
     for value in (math.nan, math.inf):
