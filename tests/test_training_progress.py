@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import train
-from engine.run.state import Progress, RandomStates
+from engine.run import state as run_state
+from engine.run.state import EveryRandomStates, Progress, RandomStates
 
 # A history is a list of (validation accuracy, validation loss), an epoch each, or (None, None) without validation.
 History = list[tuple[float | None, float | None]]
@@ -217,3 +218,23 @@ def test_a_run_on_the_cpu_of_a_machine_with_gpus_leaves_them_alone(monkeypatch: 
     state = RandomStates().state_dict()
     RandomStates().load_state_dict(state)
     assert "cuda" not in state and said == []
+
+
+@pytest.mark.parametrize(("rank", "expected"), [(0, 0), (1, 1), (2, None)])
+def test_of_several_processes_each_gets_its_own_random_states(
+    monkeypatch: pytest.MonkeyPatch, rank: int, expected: int | None
+) -> None:
+    """Saved by two; a third, which there was not, goes on with its own."""
+    draws, states = [], []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        states.append(RandomStates().state_dict())
+        draws.append(torch.rand(3))
+    monkeypatch.setattr(run_state, "gathered", lambda _: states)
+    saved = EveryRandomStates().state_dict()
+    monkeypatch.setattr(run_state, "rank", lambda: rank)
+    torch.manual_seed(9)
+    own = torch.rand(3)
+    torch.manual_seed(9)
+    EveryRandomStates().load_state_dict(saved)
+    assert torch.equal(torch.rand(3), own if expected is None else draws[expected])
