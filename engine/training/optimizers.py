@@ -261,20 +261,19 @@ def orthogonalised(matrices: Tensor, dtype: torch.dtype) -> Tensor:
         for _ in range(5):
             product = x @ x.mT
             x = torch.baddbmm(x, torch.baddbmm(product, product, product, beta=b, alpha=c), x, beta=a)
-        return x.mT if tall else x
+    else:
+        # The five steps as one factor of x, a polynomial of x x^T: half of the arithmetic where x is wide. bfloat16 is
+        # too coarse for it, as the squares of small singular values are lost in the product.
+        def factor(product: Tensor) -> Tensor:
+            result = torch.baddbmm(product, product, product, beta=b, alpha=c)
+            result.diagonal(dim1=1, dim2=2).add_(a)
+            return result
 
-    # The same as one factor of x, a polynomial of x x^T: half of the arithmetic where x is wide. bfloat16 is too coarse
-    # for it, as the squares of small singular values are lost in the product.
-    def step(product: Tensor) -> Tensor:
-        result = torch.baddbmm(product, product, product, beta=b, alpha=c)
-        result.diagonal(dim1=1, dim2=2).add_(a)
-        return result
-
-    product = x @ x.mT
-    factor = step(product)
-    for _ in range(4):
-        factor = step(factor @ product @ factor) @ factor
-    x = factor @ x
+        product = x @ x.mT
+        factors = factor(product)
+        for _ in range(4):
+            factors = factor(factors @ product @ factors) @ factors
+        x = factors @ x
     return x.mT if tall else x
 
 
