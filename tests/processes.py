@@ -180,7 +180,11 @@ def _group(count: int, launch: dict[str, str], work: Callable[..., Any], argumen
         member.start()
     found: dict[int, Any] = {}
     while len(found) < count:
-        rank, pickled = results.get()
+        fallen = [member.exitcode for member in members if member.exitcode]  # before the look at what they left
+        if results.empty() and not fallen:
+            time.sleep(0.01)
+            continue
+        rank, pickled = (0, pickle.dumps(RuntimeError(f"died: {fallen}"))) if results.empty() else results.get()
         result = pickle.loads(pickled)
         if isinstance(result, BaseException):
             for member in members:

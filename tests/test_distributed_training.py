@@ -7,6 +7,7 @@ other tests hold against plain loops.
 from __future__ import annotations
 
 import copy
+import logging
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 
 import train
-from engine import distributed
+from engine import distributed, terminal
 from engine.data import batches as batches_module
 from engine.data.batches import Batches
 from engine.data.images import ImageData, ImageFiles
@@ -66,14 +67,18 @@ class Stream(IterableDataset):
 
 def as_files(images: Tensor, labels: Tensor) -> ImageFiles:
     """PNG files, of which a third cannot be read, all of the first process of three in some batches."""
-    folder = Path(tempfile.mkdtemp())
-    paths = [folder / f"{number:03}.png" for number in range(len(images))]
-    for number, (path, image) in enumerate(zip(paths, images, strict=True)):
-        if number % 3 != 1:
-            Image.fromarray(image[0].numpy()).save(path)
-        else:
-            path.write_bytes(b"no picture")
-    return ImageFiles([str(path) for path in paths], labels, channels=1)
+
+    def written() -> list[str]:
+        folder = Path(tempfile.mkdtemp())
+        paths = [folder / f"{number:03}.png" for number in range(len(images))]
+        for number, (path, image) in enumerate(zip(paths, images, strict=True)):
+            if number % 3 != 1:
+                Image.fromarray(image[0].numpy()).save(path)
+            else:
+                path.write_bytes(b"no picture")
+        return [str(path) for path in paths]
+
+    return ImageFiles(distributed.from_first(written), labels, channels=1)
 
 
 # What differs from plain training on 101 samples, 8 a step.
@@ -93,6 +98,7 @@ CASES: dict[str, dict[str, Any]] = {
     "batch norm, accumulate": {"norm": True, "accumulate": 2, "ema_decay": 0.5},
     "unfrozen": {"norm": True, "freeze": "0", "unfreeze_epoch": 2},
     "a sampler": {"sampler": lambda indices: range(49, -1, -1)},
+    "a sampler that hangs on the process": {"sampler": lambda indices: torch.arange(50).roll(distributed.rank())},
     "a data set, workers": {"part": Samples, "num_workers": 1},
     "unreadable files": {"part": as_files, "skip_unreadable": True},
     "unreadable files, workers, mixup": {
@@ -137,6 +143,10 @@ def trained(name: str) -> dict[str, Any]:
     parts = {"model": step.evaluated, "optimizer": optimizer, "scheduler": schedule, "step": step}
     parts |= {"tally": tally, "progress": progress, "random": EveryRandomStates()}
     rows, state = [], {}
+    told: list[str] = []
+    listener = logging.Handler()
+    listener.emit = lambda record: told.append(record.getMessage().partition(" be read")[0])  # type: ignore
+    terminal.log.addHandler(listener)
     with tempfile.TemporaryDirectory() as folder:
         saver = Saver(Path(folder), {"config": {"batch_size": batch_size}}, parts, None, None)
         for epoch in (1, 2):
@@ -146,10 +156,19 @@ def trained(name: str) -> dict[str, Any]:
             rows.append(tally.read())
             tally.reset()
             progress.epoch, progress.batch = epoch + 1, 0
+    terminal.log.removeHandler(listener)
     common = me | {"batch_size": 8}
     loss, confusion = evaluate(step.evaluated, Batches(splits["test"], [], CPU, **common), 3)
     weights = {name: tensor.detach().clone() for name, tensor in step.evaluated.state_dict().items()}
-    return {"rows": rows, "weights": weights, "loss": loss, "confusion": confusion, "tally": state, "count": count}
+    return {
+        "rows": rows,
+        "weights": weights,
+        "loss": loss,
+        "confusion": confusion,
+        "tally": state,
+        "count": count,
+        "told": told,
+    }
 
 
 def all_trained() -> dict[str, dict[str, Any]]:
@@ -188,3 +207,4 @@ def check(name: str, one: dict[str, Any], together: list[dict[str, Any]]) -> Non
         assert found["tally"]["sizes"].tolist() == one["tally"]["sizes"].tolist(), name
         assert found["tally"]["losses"].tolist() == pytest.approx(one["tally"]["losses"].tolist(), rel=1e-9), name
         assert found["tally"]["correct"] == one["tally"]["correct"], name
+        assert found["told"] == one["told"], name
