@@ -157,6 +157,8 @@ def trained(name: str) -> dict[str, Any]:
             tally.reset()
             progress.epoch, progress.batch = epoch + 1, 0
     terminal.log.removeHandler(listener)
+    tally.load_state_dict(state)  # as a run that is resumed
+    rows.append(tally.read())
     common = me | {"batch_size": 8}
     loss, confusion = evaluate(step.evaluated, Batches(splits["test"], [], CPU, **common), 3)
     weights = {name: tensor.detach().clone() for name, tensor in step.evaluated.state_dict().items()}

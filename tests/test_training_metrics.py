@@ -419,7 +419,7 @@ def test_the_area_under_the_curve_by_hand() -> None:
     assert alike == {0: 0.5, 1: 0.5, 2: 0.5}
 
 
-@pytest.mark.parametrize(("samples", "classes"), [(400, 7), (60, 12), (9, 6)])
+@pytest.mark.parametrize(("samples", "classes"), [(400, 7), (60, 12), (9, 6), (500, 130)])
 def test_rankings_are_those_of_scikit_learn(samples: int, classes: int) -> None:
     """Rows come from a few, so that there are many ties; in the last two cases some classes have no samples."""
     reference = pytest.importorskip("sklearn.metrics", reason="needs scikit-learn: pip install '.[test]'")
