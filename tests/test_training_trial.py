@@ -15,6 +15,7 @@ from torch import nn
 
 from engine.data.batches import Batches
 from engine.data.splits import Split
+from engine.errors import RequestError
 from engine.training.metrics import Tally
 from engine.training.trial import try_step
 
@@ -184,6 +185,20 @@ def test_no_sample_of_a_dataset_of_the_users_is_read() -> None:
     model, settings = nn.Sequential(nn.Flatten(), nn.Linear(4, 3)), {"_target_": "torch.optim.SGD", "lr": 0.1}
     for criterion in (nn.CrossEntropyLoss(), nn.MSELoss()):  # its labels may be either
         try_step(model, criterion, settings, batches, (1, 2, 2), 3)
+
+
+def test_a_last_batch_is_tried_where_there_is_one() -> None:
+    """Batch normalisation takes no single sample while training, which is what five are after four."""
+    split = Split((torch.zeros(5, 1, 2, 2, dtype=torch.uint8), torch.arange(5) % 3), torch.arange(5), 3)
+    model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(4), nn.Linear(4, 3))
+    settings, cpu = {"_target_": "torch.optim.SGD", "lr": 0.1}, torch.device("cpu")
+    for how in ({"drop_last": True}, {"limit_batches": 1}):
+        batches = Batches(split, [], cpu, training=True, batch_size=4, **how)  # type: ignore[arg-type]
+        try_step(model, nn.CrossEntropyLoss(), settings, batches, (1, 2, 2), 3)
+    with pytest.raises(RequestError, match=r"^batch_size=4: the last batch of 5 samples holds 1: "):
+        try_step(
+            model, nn.CrossEntropyLoss(), settings, Batches(split, [], cpu, training=True, batch_size=4), (1, 2, 2), 3
+        )
 
 
 SHORT = ("dataset.limit=64", "model.hidden=[4]", "name=run")
