@@ -302,6 +302,16 @@ def test_averages_begin_when_a_run_goes_on_with_them(call: Call) -> None:
     assert after["step"]["averaged"] > 0
 
 
+def test_averages_begin_with_the_weights_that_were_saved() -> None:
+    """What a run without averages kept is loaded as what is evaluated; training goes on with it."""
+    saved, begun = linear(), linear()
+    nn.init.ones_(begun[1].weight)
+    step = made_step(begun, ema_decay=0.5)
+    step.evaluated.load_state_dict(saved.state_dict())
+    step.load_state_dict({"skipped": 0, "scaler": {}})
+    assert torch.equal(weights(step.model), weights(saved)) and torch.equal(weights(step.evaluated), weights(saved))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Nothing waits for the device
 
