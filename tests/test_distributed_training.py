@@ -97,7 +97,7 @@ CASES: dict[str, dict[str, Any]] = {
     "batch norm": {"norm": True},
     "batch norm, accumulate": {"norm": True, "accumulate": 2, "ema_decay": 0.5},
     "batch norm of its own": {"norm": True, "ema_decay": 0.5, "synchronised": False},
-    "unfrozen": {"norm": True, "freeze": "0", "unfreeze_epoch": 2},
+    "unfrozen": {"norm": True, "freeze": "[01]", "unfreeze_epoch": 2},
     "a sampler": {"sampler": lambda indices: range(49, -1, -1)},
     "a sampler that hangs on the process": {"sampler": lambda indices: torch.arange(50).roll(distributed.rank())},
     "a data set, workers": {"part": Samples, "num_workers": 1},
