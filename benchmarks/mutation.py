@@ -44,7 +44,7 @@ TESTS: dict[str, Sequence[str]] = {
     "engine/data/splits.py": ["data_splits"],
     "engine/data/batches.py": ["data_order", "distributed_training"],
     "engine/data/devices.py": ["data_devices", "distributed_runs"],
-    "engine/data/reader.py": ["data_reader", "data_workers"],
+    "engine/data/reader.py": ["data_reader", "data_workers", "distributed_training"],
     "engine/data/workers.py": ["data_workers"],
     "engine/data/augment.py": ["data_augment_reference", "data_augment_edges", "data_augment"],
     "engine/data/draws.py": ["data_draws", "data_order", "data_augment_reference", "data_augment"],

@@ -18,6 +18,7 @@ from engine.data.augment import BATCH_TRANSFORMS, Resize
 from engine.data.batches import Batches, _count_image_transforms
 from engine.data.draws import Draws
 from engine.data.images import ImageFiles
+from engine.data.mixing import Mixing
 from engine.data.splits import Split
 from engine.data.transforms import PerImage
 from engine.errors import RequestError, RunError
@@ -173,6 +174,17 @@ def test_a_sample_that_comes_again_in_an_epoch_is_augmented_anew(one_at_a_time: 
         came[place] = came.get(place, 0) + 1
         assert flipped == (numbers(0, 1, number, 0, 1)[0] < 0.5)
     assert max(came.values()) == 6
+    resumed = [flip for x, _ in batches.epoch(1, 4) for flip in (x[:, 0, 0, 0] > x[:, 0, 0, 1]).tolist()]
+    assert resumed == seen[4 * 8 :]
+
+
+def test_what_is_mixed_in_a_process_is_of_the_step() -> None:
+    """Two processes that go on with the fourth step have their halves of its images, mixed as in one process."""
+    whole = [images for images, _ in training(split_of(40), batch_size=8, mixing=Mixing(0.4, None, 0)).epoch(2)]
+    for rank in (0, 1):
+        how = {"rank": rank, "world_size": 2, "batch_size": 8, "mixing": Mixing(0.4, None, 0)}
+        own = [images for images, _ in training(split_of(40), **how).epoch(2, 3)]
+        assert len(own) == 2 and all(map(torch.equal, own, (x[4 * rank : 4 * rank + 4] for x in whole[3:])))
 
 
 def test_only_training_draws_classes_equally_often() -> None:
@@ -383,11 +395,13 @@ def test_a_stream_for_evaluation_is_read_to_its_end() -> None:
 
 
 @pytest.mark.parametrize("start", [0, 1, 3])
+@pytest.mark.parametrize("accumulate", [1, 2])
 def test_what_a_sample_of_a_stream_draws_is_of_its_number_in_the_epoch(
-    monkeypatch: pytest.MonkeyPatch, start: int
+    monkeypatch: pytest.MonkeyPatch, start: int, accumulate: int
 ) -> None:
     monkeypatch.setattr("engine.data.batches.AHEAD", 8)
-    batches = training(stream_of(14, steps=6), FLIP, seed=3)
+    how = {"batch_size": 4 // accumulate, "accumulate": accumulate}
+    batches = training(stream_of(14, steps=6), FLIP, seed=3, **how)
     found = [flip for images, _ in batches.epoch(2, start) for flip in flipped(images)]
     assert found == [numbers(3, 2, i, 0, 1)[0] < 0.5 for i in range(4 * start, 24)]
 

@@ -15,7 +15,7 @@ from splitmix import numbers, seed_of, signed
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
-from engine.data.draws import Draws
+from engine.data.draws import COPY, Draws
 from engine.data.images import ImageFiles
 from engine.data.reader import Reader, SampleStream, cannot_be_read, users_code
 from engine.data.transforms import parse_transforms
@@ -96,9 +96,10 @@ def states() -> tuple[Any, ...]:
 
 def test_what_a_users_dataset_draws_is_of_the_seed_the_epoch_and_the_sample() -> None:
     before = states()
-    images, _, _ = read(Drawing(), ORDER)
+    indices = [*ORDER, ORDER[0] + COPY]  # the last one is the first come again in the epoch
+    images, _, _ = read(Drawing(), indices)
     assert states() == before  # the run's generators go on as if nothing had been drawn
-    for index, image in zip(ORDER, images.flatten(1), strict=True):
+    for index, image in zip(indices, images.flatten(1), strict=True):
         bits = signed(seed_of(5, 2, index))
         drawn = [torch.rand((), generator=torch.Generator().manual_seed(bits)), random.Random(bits).random()]
         drawn.append(np.random.RandomState(bits & 0xFFFFFFFF).rand())

@@ -181,7 +181,8 @@ def test_resnet18_has_a_stem_fit_for_small_images() -> None:
         model.resnet.layer4.register_forward_hook(lambda _m, _i, out, key=key: seen.update({key: out.shape[-1]}))
         model(images)
     assert seen == {"small": 4, "large": 1}
-    assert build_model("resnet18", (3, 96, 96), 10).resnet.conv1.stride == (2, 2)
+    for shape, stride in (((3, 64, 64), 1), ((3, 64, 65), 2), ((3, 65, 64), 2)):  # 64 is what is called small
+        assert build_model("resnet18", shape, 10).resnet.conv1.stride == (stride, stride)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -265,12 +265,18 @@ def ended_well(answer: Answer) -> list[str]:
 
 
 def test_a_run_tells_keeps_and_returns_the_same(call: Call, tmp_path: Path, returned: list[float]) -> None:
-    lines = ended_well(call("train", *SMALL, "epochs=3", "optimizer.lr=0.3"))
+    worse = (
+        "optimizer.lr=6",
+        "scheduler.warmup_epochs=30",
+        "dataset.limit=400",
+    )  # of which the first epoch is the best
+    lines = ended_well(call("train", *SMALL, "epochs=3", "model.hidden=[16]", "batch_size=8", *worse))
     summary, table = json.loads((tmp_path / RUN / "summary.json").read_text()), rows(tmp_path)
     assert " ".join(line.split()[0] for line in lines) == "model data device run epoch epoch epoch test again"
     best = max(table, key=lambda row: (float(row["val_accuracy"]), -float(row["val_loss"])))
     assert returned == [summary["val_accuracy"]] and str(round(returned[0], 6)) == best["val_accuracy"]
     assert (summary["best_epoch"], summary["epochs"], len(table)) == (int(best["epoch"]), 3, 3)
+    assert summary["best_epoch"] < 3
     assert lines[-2] == (
         f"test     accuracy {summary['test_accuracy']:.2%}, loss {summary['test_loss']:.4f} "
         f"(weights of epoch {summary['best_epoch']})"
