@@ -97,6 +97,14 @@ def test_sixteen_bits_are_scaled_to_eight(tmp_path, name):
         assert read_image(tmp_path / name, channels)[0].tolist() == [[0, 1, 128, 255]]
 
 
+def test_sixteen_bits_with_the_high_byte_first(tmp_path):
+    values = np.array([[0, 256, 32768, 65535]], dtype=">u2")
+    Image.frombytes("I;16B", (4, 1), values.tobytes()).save(tmp_path / "a.tif")
+    assert (tmp_path / "a.tif").read_bytes()[:2] == b"MM"
+    for channels in (1, 3):
+        assert read_image(tmp_path / "a.tif", channels)[0].tolist() == [[0, 1, 128, 255]]
+
+
 @pytest.mark.parametrize("mode", ["RGBA", "LA"])
 def test_transparency_lies_on_white(tmp_path, mode):
     image = Image.new("RGBA", (4, 2), (100, 100, 100, 255))
@@ -120,11 +128,20 @@ def test_one_bit_files(tmp_path):
     assert read_image(tmp_path / "a.png", 1)[0].tolist() == [[0, 0, 0, 0], [0, 0, 0, 255]]
 
 
-def test_exif_rotation_is_applied(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        ("a.jpg", {"quality": 95, "subsampling": 0}),
+        ("a.png", {}),
+        ("a.webp", {"lossless": True}),
+        ("a.tif", {}),
+    ],
+)
+def test_exif_rotation_is_applied(tmp_path, name, how):
     exif = Image.Exif()
     exif[274] = 6  # the top is on the right-hand side
-    quarters().save(tmp_path / "a.jpg", quality=95, subsampling=0, exif=exif)
-    image = read_image(tmp_path / "a.jpg")
+    quarters().save(tmp_path / name, exif=exif, **how)
+    image = read_image(tmp_path / name)
     assert list(image.shape) == [3, 24, 16]
     assert near(corners(image), [BLUE, RED, WHITE, GREEN])
 
