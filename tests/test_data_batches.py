@@ -920,13 +920,25 @@ def test_unreadable_images_and_the_cache(broken, tmp_path, capsys):
 
 
 def test_the_first_images_may_be_unreadable_where_workers_make_the_cache(broken, monkeypatch, tmp_path):
-    top, _bad = broken
+    top, bad = broken
     monkeypatch.setattr("engine.data.cache.BATCH", 2)
     monkeypatch.setattr("engine.data.cache.cores", lambda: 2)
     files = datasets.image_folder(str(top), 0.1, 3, 10**6).train
-    Path(str(files.paths[0])).write_bytes(b"none")
+    for row in (0, 5):  # in batches of two rows
+        Path(str(files.paths[row])).write_bytes(b"none")
     images, unreadable = cached_images(files, Resize([16, 16]), tmp_path / "cache", True)
-    assert 0 in unreadable and not images[0].any() and images[2].any()
+    assert sorted(unreadable) == sorted({0, 5, files.paths.tolist().index(str(bad))}) and not images[0].any()
+    for row in set(range(len(files))) - set(unreadable):
+        assert torch.equal(images[row], Resize([16, 16])(files.read(row)[None])[0])
+
+
+def test_each_way_to_resize_has_a_cache_of_its_own(photos, tmp_path):
+    files = datasets.image_folder(str(photos), 0.1, 3, 10**6).train
+    ways = [Resize([8, 8]), Resize([8, 8], "nearest"), Resize([8, 8], "bicubic"), Resize([8, 8], antialias=False)]
+    for resize in [*ways, Resize([8, 9]), *ways]:
+        images, _ = cached_images(files, resize, tmp_path / "cache", False)
+        for row in range(len(files)):
+            assert torch.equal(images[row], resize(files.read(row)[None])[0])
 
 
 def test_a_changed_picture_is_cached_anew_by_its_time_alone(tmp_path, capsys):

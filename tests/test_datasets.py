@@ -21,7 +21,7 @@ import datasets
 from datasets import csv_images, image_folder
 from engine.data.audit import in_two_splits, look_at
 from engine.data.formats import read_idx, read_pickle
-from engine.data.images import Paths, read_image
+from engine.data.images import ImageFiles, Paths, read_image
 from engine.data.splits import Split, fingerprint, load_splits
 from engine.errors import RequestError
 from engine.pictures.samples import uneven
@@ -327,6 +327,8 @@ def test_labels_as_names_and_class_names_given(photos):
     assert data.classes == ["dog", "cat"]
     assert all(int(image[0, 0, 0]) % 2 != label for image, label in (data.train[i] for i in range(6)))
     assert listed(photos, NUMBERS, classes=["even", "odd"]).classes == ["even", "odd"]
+    data = listed(photos, NUMBERS, classes=["1", "0"])  # names, not numbers of classes
+    assert all(int(image[0, 0, 0]) % 2 != label for image, label in (data.train[i] for i in range(6)))
 
 
 def test_a_test_list_of_its_own(photos):
@@ -914,6 +916,17 @@ def test_looking_tells_what_is_in_two_parts_what_cannot_be_read_and_uneven_class
 )
 def test_how_uneven_classes_are_and_from_where_on_something_is_done(counts, says):
     assert uneven(counts).startswith(says) and uneven(counts).count(": ") == says.count(": ")
+
+
+def test_large_files_are_compared_to_their_end(tmp_path):
+    """A BMP begins with the lowest row: these are the same for the first megabyte."""
+    picture, splits = Image.new("RGB", (640, 600), (9, 8, 7)), {}
+    for name, value in (("train", 1), ("val", 2), ("test", 1)):
+        picture.putpixel((0, 0), (value, 0, 0))
+        picture.save(tmp_path / f"{name}.bmp")
+        splits[name] = Split(ImageFiles([str(tmp_path / f"{name}.bmp")], torch.zeros(1).long(), 3), torch.arange(1), 2)
+    found = in_two_splits({name: look_at(split, name, 1) for name, split in splits.items()})
+    assert found == {("train", "val"): [], ("train", "test"): [(0, 0)], ("val", "test"): []}
 
 
 def test_images_in_memory_are_compared_pixel_for_pixel():

@@ -697,6 +697,13 @@ def test_every_mistake_is_listed_by_its_place_in_the_data(call: Call, trained: P
         assert (row["true"], row["predicted"]) == (str(int(labels[at])), str(int(found[at])))
         assert float(row["probability"]) == pytest.approx(float(sure[at]), abs=2e-6)
     assert [row["probability"] for row in rows] == sorted((row["probability"] for row in rows), reverse=True)
+    assert call("evaluate", "split=val").code == 0  # of which a sample's number is that in the data it is a part of
+    images, labels = vars(datasets.digits())["train"]
+    with (trained / "mistakes_val.csv").open(newline="") as lines, torch.no_grad():
+        for row in csv.DictReader(lines):
+            at = int(row["sample"])
+            assert row["true"] == str(int(labels[at])) != row["predicted"]
+            assert row["predicted"] == str(int(model(images[at : at + 1] / 255).argmax()))
 
 
 def test_the_picture_of_mistakes_gets_the_first_rows_of_their_list(
