@@ -324,15 +324,20 @@ def test_a_model_that_cannot_be_traced_is_told_in_a_line(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "answers",
+    [lambda graph, images: graph(images.clamp(max=250)), lambda graph, images: graph(images) * float("nan")],
+    ids=["250 for all brighter pixels", "no numbers"],
+)
 def test_a_file_that_answers_otherwise_is_not_left_behind(
-    call: Call, made: Place, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    call: Call, made: Place, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, answers: Callable[..., Any]
 ) -> None:
-    """Neither is the file harmed that was there before. Here the graph takes 250 for all brighter pixels."""
+    """Neither is the file harmed that was there before."""
     (tmp_path / "model.pt2").write_text("of yesterday")
     graphs: list[export.Whole] = []
     monkeypatch.setattr(export, "traced", lambda whole, *_: graphs.append(whole))
     monkeypatch.setattr(export, "as_pt2", lambda *_: b"of today")
-    monkeypatch.setattr(export, "answers_of_pt2", lambda content: lambda images: graphs[0](images.clamp(max=250)))
+    monkeypatch.setattr(export, "answers_of_pt2", lambda content: lambda images: answers(graphs[0], images))
     answer = call("export", str(made.best), "output=model.pt2")
     assert answer.code == 1 and len(answer.err.splitlines()) == 1
     assert "not written: it predicts otherwise than predict.py: the largest difference" in answer.err

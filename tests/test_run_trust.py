@@ -76,6 +76,9 @@ def test_a_data_set_is_an_option_with_the_target_of_its_yaml(
         ("models.MLP", False),
         ("torchvision.models.ResNet", False),  # takes classes as arguments
         ("torchvision.models.detection.fasterrcnn_resnet50_fpn", False),
+        ("torchvision.models.detection.faster_rcnn.fasterrcnn_resnet50_fpn", False),
+        ("torchvision.models.fasterrcnn_resnet50_fpn", False),
+        ("torchvision.models.quantization.resnet.resnet18", False),
         ("torchvision.models.get_model", False),
         ("datasets.main", False),
         ("engine.build.build", False),
