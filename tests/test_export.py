@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import export
 from engine.data.graph import cropped, scaled
-from engine.run import checkpoint, trust
+from engine.run import checkpoint, tensors, trust
 from models.mlp import MLP
 
 CLASSES = ["bee", "cat", "dog"]
@@ -222,6 +222,30 @@ def test_a_file_of_weights_without_metadata_is_a_bare_state_dict(call: Call, mad
     assert found.keys() == {"model"} and all(torch.equal(found["model"][name], state[name]) for name in state)
     assert "a bare state_dict" in call("evaluate", "plain.safetensors").error
     assert "a bare state_dict" in call("export", "plain.safetensors", "output=model.pt2").error
+
+
+@pytest.mark.parametrize(
+    ("dtype", "content", "numbers"),
+    [
+        ("F64", struct.pack("<2d", 1.5, -0.1), [1.5, -0.1]),
+        ("F32", struct.pack("<2f", 1.5, -0.25), [1.5, -0.25]),
+        ("F16", struct.pack("<2e", 1.5, -0.25), [1.5, -0.25]),
+        ("BF16", struct.pack("<2f", 1.5, -0.25)[2:4] + struct.pack("<2f", 1.5, -0.25)[6:8], [1.5, -0.25]),
+        ("I64", struct.pack("<2q", 1 << 40, -3), [1 << 40, -3]),
+        ("I32", struct.pack("<2i", 1 << 20, -3), [1 << 20, -3]),
+        ("I16", struct.pack("<2h", 300, -3), [300, -3]),
+        ("I8", struct.pack("<2b", 100, -3), [100, -3]),
+        ("U8", struct.pack("<2B", 200, 3), [200, 3]),
+        ("BOOL", b"\1\0", [True, False]),
+    ],
+)
+def test_numbers_of_every_type(dtype: str, content: bytes, numbers: list[Any], tmp_path: Path) -> None:
+    """A bfloat16 is the upper half of a float of 32 bits."""
+    table = json.dumps({"a": {"dtype": dtype, "shape": [2, 1], "data_offsets": [0, len(content)]}}).encode()
+    (tmp_path / "w.safetensors").write_bytes(struct.pack("<Q", len(table)) + table + content)
+    found = tensors.load(tmp_path / "w.safetensors")[0]["a"]
+    assert found.tolist() == [[number] for number in numbers]
+    assert found.dtype.is_floating_point == ("F" in dtype) and found.element_size() == len(content) // 2
 
 
 def test_metadata_of_a_stranger_obeys_the_same_rules(call: Call, made: Place, tmp_path: Path) -> None:
