@@ -113,12 +113,22 @@ def test_rows_are_filtered_and_sorted_by_any_column(root: Path, typed: list[str]
 
 def test_mean_over_seeds(root: Path, tmp_path: Path) -> None:
     file = tmp_path / "table.csv"
+    make_run(root, "rates/03", val=0.1, lr=0.01, seed=3)  # stopped, which the mean leaves out
+    make_run(root, "rates/04", val=0.1, end="failed", lr=0.01, seed=4)
     text = compare.command(["run=rates/*", "mean=seed", f"output={file}"], root)
     assert "0.7000 ± 0.1000" in text
     with file.open(newline="") as lines:
         rows = list(csv.DictReader(lines))
     assert [row["model"] for row in rows] == ["cnn", "mlp"] and rows[1]["runs"] == "3"
     assert float(rows[1]["val_accuracy_std"]) == pytest.approx(0.1) and rows[0]["val_accuracy_std"] == ""
+
+
+def test_a_file_has_the_numbers_unrounded(tmp_path: Path) -> None:
+    make_run(tmp_path / "runs", "one", test=0.123456789, val=2 / 3)
+    compare.command([f"output={tmp_path / 'table.csv'}"], tmp_path / "runs")
+    with (tmp_path / "table.csv").open(newline="") as lines:
+        (row,) = csv.DictReader(lines)
+    assert (float(row["test_accuracy"]), float(row["val_accuracy"])) == (0.123456789, 2 / 3)
 
 
 def test_mean_over_folds_and_over_folds_and_seeds(tmp_path: Path) -> None:
