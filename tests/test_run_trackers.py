@@ -114,7 +114,11 @@ def test_they_are_closed_when_a_run_fails(tmp_path: Path, monkeypatch: pytest.Mo
     assert told == [None]
 
 
-@pytest.mark.parametrize("content", ["no JSON", '["wandb"]', '{"wandb": {"x": 1}}', '{"wandb": "../../up"}', "FIFO"])
+NO_RECORDS = ["no JSON", '["wandb"]', '{"wandb": {"x": 1}}', "FIFO"]
+NO_RECORDS += [json.dumps({"wandb": name}) for name in ("../../up", "a/../../up", "a\n", "", "a" * 65)]
+
+
+@pytest.mark.parametrize("content", NO_RECORDS)
 def test_a_damaged_list_of_records_begins_a_new_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str
 ) -> None:
