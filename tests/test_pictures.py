@@ -308,6 +308,19 @@ def test_large_confusion_tells_counts_rates_and_names() -> None:
     assert said[at - 1] == "7" and said[at + 1 : at + 3] == [_percent(50 / 62), "50/62"]
 
 
+def test_the_lowest_recalls_are_of_classes_that_have_samples() -> None:
+    matrix = np.diag(np.full(30, 50))
+    matrix[[0, 1, 5], [0, 1, 5]] = 0  # no sample of the first two, none right of the sixth
+    matrix[5, 6], matrix[8, 9], matrix[20, 3] = 10, 150, 50
+    with style.house_style():
+        said = [
+            text.get_text() for text in evaluation.confusion_figure(matrix, [f"class {n}" for n in range(30)]).texts
+        ]
+    at = said.index("Lowest recall") + 1
+    lowest = ["0%", "class 5   0 of 10", "25.0%", "class 8   50 of 200", "50.0%", "class 20   50 of 100"]
+    assert said[at : at + 8] == [*lowest, "100%", "class 2   50 of 50"]
+
+
 def _percent(rate: float) -> str:
     return f"{100 * rate:.1f}%"
 
