@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import pickle
 import zipfile
@@ -313,3 +314,17 @@ def test_a_pickle_has_at_most_16_mib(tmp_path: Path) -> None:
     most = 16 * 1024 * 1024 - len(b"\x80\x02" + text("") + b".")
     assert len(loaded(pickled(text("x" * most)), tmp_path / "a.pt")) == most
     assert "data.pkl takes 16,777,217 bytes" in refused(pickled(text("x" * (most + 1))), tmp_path / "a.pt")
+
+
+def test_records_that_lie_over_each_other(tmp_path: Path) -> None:
+    """A table of contents that names the same bytes again and again stands for far more than the file has."""
+    raw = io.BytesIO()
+    with zipfile.ZipFile(raw, "w") as file:
+        file.writestr("a/data.pkl", b"\x80\x02N.")
+        file.writestr("a/data/0", bytes(1000))
+        for number in (1, 2):
+            again = copy.copy(file.getinfo("a/data/0"))
+            again.filename = f"a/data/{number}"
+            file.filelist.append(again)
+    assert zipfile.ZipFile(raw).namelist() == ["a/data.pkl", "a/data/0", "a/data/1", "a/data/2"]
+    assert refused(raw.getvalue(), tmp_path / "a.pt") == "its records lie over each other"
