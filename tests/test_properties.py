@@ -300,6 +300,20 @@ def test_the_ends_of_a_range() -> None:
 HARMFUL = "\x00\x07\x08\x1b\x9b\r\n\x0b\x0c\x1c\x85\u2028\u2029\u202e\u2066\u200e\ufeff\x7f\udc80"
 
 
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("a\x1b[2J\r\n\x00", "a\\x1b[2J\\r\\n\\x00"),
+        ("a\u202egnp.exe", "a\\u202egnp.exe"),  # turns the direction of writing
+        ("a\u2066b\u200fc\ufeff", "a\\u2066b\\u200fc\\ufeff"),
+        ("a\u2028b\udcffc", "a\\u2028b\\udcffc"),
+        ("né 日本 \u3000\u200d🙂", "né 日本 \u3000\u200d🙂"),
+    ],
+)
+def test_what_is_printed_as_it_is_and_what_as_an_escape(text: str, shown: str) -> None:
+    assert printable(text) == shown
+
+
 @fifty
 @given(text=st.text(st.characters() | st.sampled_from(HARMFUL), max_size=60))
 def test_what_is_printed_cannot_steer_a_terminal(text: str) -> None:
