@@ -137,6 +137,7 @@ def test_a_limit_takes_so_many_of_each_split(monkeypatch: pytest.MonkeyPatch, li
     for name, chosen in limited.items():
         assert len(chosen) == len(set(chosen)) == min(limit, len(whole[name]))
         assert set(chosen) <= set(whole[name])  # holding out comes first: no sample changes sides
+        assert sum(number < (5 if name == "test" else 100) for number in chosen) == len(chosen) // 2  # of each class
     assert limited == members(settings(val_fraction=0.2, limit=limit))
 
 

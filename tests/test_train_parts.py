@@ -176,7 +176,7 @@ def test_a_summary_by_hand() -> None:
     progress = Progress()
     for epoch, (accuracy, loss, seconds) in enumerate(((0.5, 2.0, 1.23444), (0.75, 1.0, 2.0001)), start=1):
         progress.end_epoch({"epoch": epoch, "val_accuracy": accuracy, "val_loss": loss, "seconds": seconds})
-    progress.end_epoch({"epoch": 3, "val_accuracy": 0.75, "val_loss": 1.0, "seconds": 1.0})
+    progress.end_epoch({"epoch": 3, "val_accuracy": 0.5, "val_loss": 1.5, "seconds": 1.0})
     about = {"config": {"seed": 7}, "data": "3 samples", "environment": {"python": "3", "git_commit": None}}
     assert train.summarise(progress, about, 0.5, 0.25) == {
         "test_accuracy": 0.25,
@@ -307,6 +307,17 @@ def test_training_ends_early(call: Call, tmp_path: Path) -> None:
     lines = ended_well(call("train", *SMALL, *still))
     assert len(rows(tmp_path)) == 3 and lines[-3] == "stopped early: nothing better than epoch 1 for 2 epochs"
     assert "(weights of epoch 1)" in lines[-2]
+
+
+def test_a_run_that_goes_on_after_its_last_epoch_counts_anew(call: Call, tmp_path: Path) -> None:
+    recipe = (*SMALL, "scheduler=constant")
+    ended_well(call("train", *recipe, "epochs=2"))
+    whole = rows(tmp_path)[1]
+    (tmp_path / RUN).rename(tmp_path / "whole")
+    ended_well(call("train", *recipe, "epochs=1"))
+    ended_well(call("train", "resume=checkpoints/run", "epochs=2"))
+    for name in ("train_loss", "train_accuracy", "val_loss", "val_accuracy"):
+        assert rows(tmp_path)[1][name] == whole[name], name
 
 
 def test_a_run_that_was_stopped_goes_on_to_the_same_end(

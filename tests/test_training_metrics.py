@@ -371,6 +371,14 @@ def test_the_most_confident_errors_are_kept(size: int, keep: int) -> None:
     assert probabilities[:keep] == pytest.approx(expected, rel=1e-6)
 
 
+def test_of_equally_sure_errors_the_earlier_come_first() -> None:
+    mistakes = Mistakes(3)
+    for numbers in ([0, 1], [2], [3, 4]):
+        mistakes.add(numbered(numbers), torch.tensor([[0.0, 99.0]] * len(numbers)), torch.zeros(len(numbers)).long())
+    places, *_, images = mistakes.read()
+    assert places.tolist() == [0, 1, 2, 3, 4] and images[:, 0, 0, 0].tolist() == [0, 1, 2]
+
+
 def test_what_was_right_is_no_mistake() -> None:
     mistakes = Mistakes()
     mistakes.add(numbered([0, 1]), torch.tensor([[3.0, 0.0], [0.0, 3.0]]), torch.tensor([0, 1]))

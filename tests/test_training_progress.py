@@ -60,6 +60,13 @@ def test_the_best_epoch(name: str) -> None:
     assert progress.epochs_since_best() == len(history) - best
 
 
+def test_without_validation_the_last_epoch_is_the_best_however_training_went() -> None:
+    progress = Progress()
+    for epoch, (loss, accuracy) in enumerate(((0.5, 0.8), (0.1, 0.9), (0.3, 0.7)), start=1):
+        row = {**row_of(epoch, None, None), "train_loss": loss, "train_accuracy": accuracy}
+        assert progress.end_epoch(row) and progress.best == row
+
+
 def test_each_epoch_is_told_whether_it_is_better() -> None:
     history: History = [(0.5, 1.0), (0.4, 0.1), (0.5, 0.9), (0.5, 0.9), (0.6, 5.0), (0.6, 6.0)]
     assert end_epochs(history)[1] == [True, False, True, False, True, False]
