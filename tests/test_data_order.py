@@ -639,6 +639,9 @@ def test_a_step_of_micro_batches_is_a_batch_so_many_times_as_large() -> None:
     batches = training(split_of(10), batch_size=2, accumulate=3)
     assert (batches.batch_size, batches.micro_batch_size, len(batches)) == (6, 2, 2)
     assert labels_of(batches, 1) == in_batches(order_of(0, 1, 10), 6)
+    resumed = training(split_of(20), batch_size=2, accumulate=3, seed=7)
+    for start in range(5):
+        assert labels_of(resumed, 2, start) == in_batches(order_of(7, 2, 20), 6)[start:]
 
 
 def test_more_micro_batches_in_a_step_than_in_an_epoch_are_refused() -> None:
