@@ -146,6 +146,26 @@ def test_exif_rotation_is_applied(tmp_path, name, how):
     assert near(corners(image), [BLUE, RED, WHITE, GREEN])
 
 
+@pytest.mark.parametrize(
+    ("orientation", "seen"),  # where the first row and the first column of what was written are
+    [
+        (1, [RED, GREEN, BLUE, WHITE]),  # top, left
+        (2, [GREEN, RED, WHITE, BLUE]),  # top, right
+        (3, [WHITE, BLUE, GREEN, RED]),  # bottom, right
+        (4, [BLUE, WHITE, RED, GREEN]),  # bottom, left
+        (5, [RED, BLUE, GREEN, WHITE]),  # left, top
+        (6, [BLUE, RED, WHITE, GREEN]),  # right, top
+        (7, [WHITE, GREEN, BLUE, RED]),  # right, bottom
+        (8, [GREEN, WHITE, RED, BLUE]),  # left, bottom
+    ],
+)
+def test_every_orientation_of_exif(tmp_path, orientation, seen):
+    exif = Image.Exif()
+    exif[274] = orientation
+    quarters().save(tmp_path / "a.png", exif=exif)
+    assert near(corners(read_image(tmp_path / "a.png")), seen)
+
+
 def test_a_large_jpeg_is_decoded_small_and_looks_the_same(tmp_path):
     quarters().resize((960, 640)).save(tmp_path / "a.jpg", quality=95)
     small = read_image(tmp_path / "a.jpg", at_least=(40, 80))
