@@ -121,6 +121,15 @@ def test_a_transparent_colour_of_a_palette_lies_on_white(tmp_path):
     assert near(corners(read_image(tmp_path / "a.png")), [WHITE, GREEN, BLUE, WHITE])
 
 
+@pytest.mark.parametrize(("mode", "key", "other"), [("RGB", (9, 8, 7), (9, 8, 6)), ("L", 9, 8)])
+def test_a_transparent_colour_of_an_image_without_a_palette_lies_on_white(tmp_path, mode, key, other):
+    image = Image.new(mode, (2, 1), key)
+    image.putpixel((1, 0), other)
+    image.save(tmp_path / "a.png", transparency=key)
+    plain = list(other) if mode == "RGB" else [other] * 3
+    assert read_image(tmp_path / "a.png")[:, 0].T.tolist() == [[255] * 3, plain]
+
+
 def test_one_bit_files(tmp_path):
     image = Image.new("1", (4, 2), 0)
     image.putpixel((3, 1), 1)
