@@ -917,6 +917,8 @@ def test_unreadable_images_and_the_cache(broken, tmp_path, capsys):
     assert not list((tmp_path / "cache").iterdir())
     splits, _ = load_splits(cached(top, tmp_path / "cache", skip_unreadable=True))
     assert len(splits["train"]) == 17 and "a training image is left out: " in capsys.readouterr().out
+    with pytest.raises(RequestError, match=r"green/b\.png: cannot be read"):  # whatever was allowed before
+        load_splits(cached(top, tmp_path / "cache"))
 
 
 def test_the_first_images_may_be_unreadable_where_workers_make_the_cache(broken, monkeypatch, tmp_path):

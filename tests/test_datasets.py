@@ -285,6 +285,7 @@ def test_names_in_capitals_and_folders_below_count_and_other_files_are_told(tmp_
     make_folder(tmp_path)
     (tmp_path / "cat" / "more").mkdir()
     (tmp_path / "cat" / "0.png").rename(tmp_path / "cat" / "more" / "A.PNG")
+    (tmp_path / "cat" / "1.png").rename(tmp_path / "cat" / "B.PNG")  # beside what is no image
     (tmp_path / "cat" / "papers").mkdir()
     for name in ("notes.txt", ".DS_Store", "papers/a.txt", "papers/b.txt"):
         (tmp_path / "cat" / name).write_text("none")
@@ -352,6 +353,8 @@ def test_labels_as_numbers_with_and_without_header(photos, header):
 def test_labels_as_names_and_class_names_given(photos):
     assert listed(photos, NAMES).classes == ["cat", "dog"]
     assert listed(photos, "name;animal\n" + NAMES).train.targets.bincount().tolist() == [3, 3]
+    backwards = "".join(reversed(NAMES.splitlines(keepends=True)))  # which class comes first changes nothing
+    assert listed(photos, backwards).classes == ["cat", "dog"]
     data = listed(photos, NAMES, classes=["dog", "cat"])
     assert data.classes == ["dog", "cat"]
     assert all(int(image[0, 0, 0]) % 2 != label for image, label in (data.train[i] for i in range(6)))
@@ -679,6 +682,7 @@ ARRAY = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n"
         {"data": nested(28), "labels": nested(28)},
         {"data": np.zeros((4, 3072), np.uint8), "labels": [10**30] * 4},
         {"data": np.zeros((3, 3072), np.uint8), "labels": [1] * 4},
+        {"data": np.asfortranarray(np.arange(4 * 3072).reshape(4, 3072).astype(np.uint8)), "labels": [1] * 4},
         [1],
         b"",
     ],

@@ -371,13 +371,23 @@ def test_classes_in_another_order_are_compared_by_name(call: Call, tmp_path: Pat
     assert "by name" in answer.out
 
     result = json.loads((tmp_path / "evaluation.json").read_text())
-    assert list(result["per_class"]) == COLOURS
+    assert list(result["per_class"]) == COLOURS and result["dataset"] == "image_folder"
     assert result["confusion"] == [[5, 0, 0], [1, 4, 0], [0, 0, 5]]  # rows are the true classes
     assert result["per_class"]["red"] == {"precision": 5 / 6, "recall": 1, "f1": pytest.approx(10 / 11), "samples": 5}
     assert result["per_class"]["green"] == {"precision": 1, "recall": 0.8, "f1": pytest.approx(8 / 9), "samples": 5}
     lines = (tmp_path / "mistakes.csv").read_text().splitlines()
     sure = 1 / (1 + 2 * math.exp(-4 * (230 - 20) / 255))
     assert lines == ["file,true,predicted,probability", f"photos/test/green/4.png,green,red,{sure:.6f}"]
+
+
+def test_the_data_that_was_asked_for_is_named(call: Call, tmp_path: Path) -> None:
+    write_colours(tmp_path / "photos", COLOURS, channels=[0, 1, 2])
+    write_colour_model(tmp_path / "best.pt", "photos")
+    paths = sorted((tmp_path / "photos").rglob("*.png"))
+    (tmp_path / "list.csv").write_text("".join(f"{path},{path.parent.name}\n" for path in paths))
+    typed = ("dataset.annotations_file=list.csv", "dataset.img_dir=photos", "dataset.eval_transforms=[]")
+    assert call("evaluate", "checkpoint=best.pt", "dataset=csv_images", *typed).code == 0
+    assert json.loads((tmp_path / "evaluation.json").read_text())["dataset"] == "csv_images"
 
 
 @pytest.mark.parametrize("present", [["green", "red"], ["blue", "red"]])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import multiprocessing
@@ -158,6 +159,9 @@ def test_every_format_and_size_is_seen_as_in_evaluation(tmp_path: Path, call: An
         assert [told[name] for name in CLASSES] == pytest.approx(probabilities.tolist(), abs=1e-6)
         assert row["predicted"] == row["top"][0]["class"] == CLASSES[int(probabilities.argmax())]
     assert f"accuracy {accuracy(confusion):.2%} of {len(paths)} images whose folder is named after a class" in said.err
+    with contextlib.chdir(paths[0].parent):  # where no folder is typed, either
+        call(images=[paths[0].name], checkpoint=file, output=str(output), num_workers=0)
+    assert json.loads(output.read_text())[0]["true"] == paths[0].parent.name
 
 
 def test_digits_as_files_give_the_accuracy_of_evaluation(tmp_path: Path, call: Any) -> None:
