@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import json
 import multiprocessing
@@ -129,7 +128,9 @@ def write_formats(folder: Path) -> list[Path]:
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_every_format_and_size_is_seen_as_in_evaluation(tmp_path: Path, call: Any, channels: int, workers: int) -> None:
+def test_every_format_and_size_is_seen_as_in_evaluation(
+    tmp_path: Path, call: Any, channels: int, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     paths = write_formats(tmp_path / "photos")
     normalize = {"Normalize": {"mean": [0.4, 0.5, 0.6][:channels], "std": [0.2, 0.3, 0.4][:channels]}}
     transforms = [{"Resize": {"size": [14, 14]}}, {"CenterCrop": {"size": 12}}, normalize]
@@ -159,8 +160,8 @@ def test_every_format_and_size_is_seen_as_in_evaluation(tmp_path: Path, call: An
         assert [told[name] for name in CLASSES] == pytest.approx(probabilities.tolist(), abs=1e-6)
         assert row["predicted"] == row["top"][0]["class"] == CLASSES[int(probabilities.argmax())]
     assert f"accuracy {accuracy(confusion):.2%} of {len(paths)} images whose folder is named after a class" in said.err
-    with contextlib.chdir(paths[0].parent):  # where no folder is typed, either
-        call(images=[paths[0].name], checkpoint=file, output=str(output), num_workers=0)
+    monkeypatch.chdir(paths[0].parent)
+    call(images=[paths[0].name], checkpoint=file, output=str(output), num_workers=0)  # where no folder is typed, either
     assert json.loads(output.read_text())[0]["true"] == paths[0].parent.name
 
 

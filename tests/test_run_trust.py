@@ -71,6 +71,7 @@ def test_a_data_set_is_an_option_with_the_target_of_its_yaml(
         ("torchvision.models.squeezenet.squeezenet1_1", True),
         ("models.mlp.nn.Linear", False),  # what a file of models/ has only imported
         ("models.resnet18.resnet", False),
+        ("models.torchvision.VisionTransformer", False),
         ("models.resnet.models.resnet18", False),
         ("models.mlp", False),
         ("models.MLP", False),
