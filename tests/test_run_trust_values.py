@@ -497,6 +497,17 @@ def test_which_added_keywords_a_resumed_run_takes_over(tmp_path: Path) -> None:
         trust.taken_over(here, own, [], where, known, ours=True)
 
 
+def test_added_keywords_reach_no_function_that_only_a_yaml_vouches_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def make(input_shape: Any, num_classes: int, width: int = 1, **others: Any) -> None: ...
+
+    known = {"model.width": Setting("model.width", 1, "int", "", False, "")}
+    monkeypatch.setattr(trust, "target_of", lambda *_: (make, known))
+    config = described(_target_="models.own.make", width=3, extra=5)
+    assert trust.settings_of("model", config, FILE, ours=True)[1] == {"width": 3, "extra": 5}
+    with pytest.raises(RequestError, match=r"^a\.pt: model\.extra=5: "):
+        trust.settings_of("model", config, FILE, ours=False)
+
+
 def test_what_could_be_built_without_yaml() -> None:
     for name, is_one in (
         ("models.mlp.MLP", True),
