@@ -248,11 +248,21 @@ def test_numbers_of_every_type(dtype: str, content: bytes, numbers: list[Any], t
     assert found.dtype.is_floating_point == ("F" in dtype) and found.element_size() == len(content) // 2
 
 
+def test_tensors_that_share_a_part_of_their_bytes(tmp_path: Path) -> None:
+    entries = {name: {"dtype": "U8", "shape": [12], "data_offsets": [at, at + 12]} for name, at in (("a", 0), ("b", 4))}
+    table = json.dumps(entries).encode()
+    (tmp_path / "w.safetensors").write_bytes(struct.pack("<Q", len(table)) + table + bytes(16))
+    with pytest.raises(ValueError, match="the data of its b is not where it should be"):
+        tensors.load(tmp_path / "w.safetensors")
+
+
 def test_metadata_of_a_stranger_obeys_the_same_rules(call: Call, made: Place, tmp_path: Path) -> None:
     """Made elsewhere, a configuration names no paths, nothing that is not here, and no model that is not the file's."""
     saved = checkpoint.read(made.best)
     texts = checkpoint.as_metadata({**saved, "signature": ""})
     file = tmp_path / "theirs.safetensors"
+    file.write_bytes(safetensors(saved["model"], checkpoint.as_metadata(saved)))  # made here, and signed
+    assert call("evaluate", file.name, "device=cpu").code == 0
     file.write_bytes(safetensors(saved["model"], texts))
     assert "paths, addresses and names are not taken from a file" in call("evaluate", file.name, "device=cpu").error
     evil = saved["config"] | {"model": {"_target_": "os.system", "command": "true"}}
