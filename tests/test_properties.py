@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from splitmix import numbers, order_of
 
 import datasets
+from engine import files
 from engine.config import Setting, read_settings
 from engine.data.batches import Batches
 from engine.data.draws import Draws
@@ -341,3 +342,10 @@ def test_an_interrupt_is_found_behind_errors_that_lead_in_a_circle(
     assert interrupt_behind(first) is None
     setattr(second if behind == "__cause__" else first, behind, interrupt)
     assert interrupt_behind(first) == code and interrupt_behind(second) == code
+
+
+def test_a_file_is_read_whole_or_not_at_all(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"0123456789")
+    assert files.read_bytes(tmp_path / "a", 10) == b"0123456789"
+    with pytest.raises(OSError, match="larger than the 9 bytes"):
+        files.read_bytes(tmp_path / "a", 9)
