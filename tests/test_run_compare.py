@@ -222,6 +222,16 @@ def test_the_table_fits_the_terminal_and_columns_are_chosen(root: Path, tmp_path
     assert [line.split() for line in chosen] == [["run", "lr", "val_accuracy"], ["first", "0.1", "0.8000"]]
 
 
+def test_a_run_that_did_not_end_is_judged_by_its_best_epoch(tmp_path: Path) -> None:
+    """The highest validation accuracy, of equal ones that of the lower loss; the figures of one and the same epoch."""
+    directory = make_run(tmp_path, "a")
+    rows = "1,0.6,0.9,0.7,1\n2,0.7,0.8,0.9,1\n3,0.8,0.6,0.9,1\n4,0.9,0.1,0.8,1\n"
+    (directory / "metrics.csv").write_text(f"epoch,train_accuracy,val_loss,val_accuracy,seconds\n{rows}")
+    (row,) = compare.read_runs(tmp_path)
+    found = [row[name] for name in ("best_epoch", "train_accuracy", "val_loss", "val_accuracy", "epoch", "seconds")]
+    assert found == [3, 0.8, 0.6, 0.9, 4, 4.0]
+
+
 def test_a_run_without_validation_is_judged_by_training(tmp_path: Path) -> None:
     for name, accuracy, test in (("a", 0.8, 0.9), ("b", 0.9, 0.7)):
         directory = make_run(tmp_path, name, test=test)
