@@ -337,3 +337,22 @@ def test_a_long_list_of_what_is_not_taken_is_cut(capsys: pytest.CaptureFixture[s
     assert resumed()["changed"] == []
     listed = capsys.readouterr().out.partition(", which was made elsewhere: ")[2].rstrip("\n")
     assert len(listed) == 600 and listed.startswith("device=ddd") and listed.endswith("=false")
+
+
+def test_a_run_that_is_older_than_a_setting_goes_on_unchanged(own: Config) -> None:
+    """What stands for nothing, null, is what a file without the setting has meant; another value is a change."""
+    del own["clip_grad_norm"], own["ema"]
+    write(own)
+    assert resumed()["changed"] == []
+    assert "clip_grad_norm none -> 1" in refused("clip_grad_norm=1")
+
+
+def test_weights_to_begin_with_are_for_a_run_of_which_nothing_was_saved(own: Config) -> None:
+    assert "init_from null -> a.pt" in refused("init_from=a.pt")
+    assert resumed("init_from=a.pt", "resume_changed=true")["init_from"] == "a.pt"
+    (RUN / "last.pt").touch()
+    said = refused("init_from=a.pt", "resume_changed=true")
+    assert said.startswith("init_from=a.pt: checkpoints/run goes on with the weights that it has; leave init_from out")
+    assert resumed()["changed"] == []
+    write({**own, "init_from": "a.pt"})
+    assert resumed()["changed"] == []
