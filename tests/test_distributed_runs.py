@@ -76,6 +76,18 @@ def test_a_launch_is_one_run(tmp_path: Path, call: Call, launch: Launch) -> None
     assert on.code == 0 and "warning  processes 3 -> 1 since the run was saved: dropout draws other" in on.out
 
 
+def test_synchronised_batch_norm_is_that_of_one_process(tmp_path: Path, call: Call, launch: Launch) -> None:
+    common = ["batch_size=8", "device=cpu", "dataset.limit=101", "epochs=1", "model=cnn", "model.dropout=0"]
+    common += ["model.width=4", "sync_batchnorm=true"]
+    commands = start_several(2, *common, "name=run", cwd=tmp_path, launch=launch)
+    assert ended(commands) == ([0, 0], "") and "norm     " not in commands[0].out
+    assert call("train", *common, "name=alone").code == 0
+    found, alone = (last(tmp_path / "checkpoints" / name)["model"] for name in ("run", "alone"))
+    assert [name for name in found if "running_var" in name]
+    for name, tensor in alone.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-4)
+
+
 def test_a_signal_to_one_stops_all_at_the_same_step(tmp_path: Path, launch: Launch) -> None:
     arguments = ["dataset.limit=101", "device=cpu", "epochs=10000", "checkpoint.every_steps=3", "name=run"]
     commands = start_several(2, *arguments, cwd=tmp_path, launch=launch)

@@ -112,6 +112,14 @@ def test_only_training_is_shuffled_transformed_as_training_and_without_its_rest(
     assert torch.cat([labels for _, labels in plain["train"].epoch(1)]).tolist() == [0, 1, 2, 0, 1, 2]
 
 
+@pytest.mark.parametrize("shares", [(None, None), (0.2, None), (None, 1.0), (0.2, 1.0)])
+def test_one_of_the_two_mixings_is_enough_and_only_training_is_mixed(shares: tuple[float | None, ...]) -> None:
+    config = config_of(mixup=shares[0], cutmix=shares[1])
+    batches = train.batches_of(splits_of(train=10, val=6, test=7), config, CPU)
+    mixed = {name: any(labels.ndim == 2 for _, labels in of.epoch(1)) for name, of in batches.items()}
+    assert mixed == {"train": shares != (None, None), "val": False, "test": False}
+
+
 @pytest.mark.parametrize("phase", ["train", "eval"])
 def test_training_and_test_images_of_other_shapes_are_refused(phase: str) -> None:
     dataset: dict[str, Any] = {"train_transforms": [], "eval_transforms": []}
@@ -309,8 +317,12 @@ def test_training_ends_early(call: Call, tmp_path: Path) -> None:
     assert "(weights of epoch 1)" in lines[-2]
 
 
-def test_a_run_that_goes_on_after_its_last_epoch_counts_anew(call: Call, tmp_path: Path) -> None:
-    recipe = (*SMALL, "scheduler=constant")
+def test_a_run_that_goes_on_after_its_last_epoch_counts_anew(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, began, real = (*SMALL, "scheduler=constant"), list[int](), train.Trackers
+    counted = lambda *given, next_epoch: began.append(next_epoch) or real(*given, next_epoch=next_epoch)  # noqa: E731
+    monkeypatch.setattr(train, "Trackers", counted)
     ended_well(call("train", *recipe, "epochs=2"))
     whole = rows(tmp_path)[1]
     (tmp_path / RUN).rename(tmp_path / "whole")
@@ -318,6 +330,7 @@ def test_a_run_that_goes_on_after_its_last_epoch_counts_anew(call: Call, tmp_pat
     ended_well(call("train", "resume=checkpoints/run", "epochs=2"))
     for name in ("train_loss", "train_accuracy", "val_loss", "val_accuracy"):
         assert rows(tmp_path)[1][name] == whole[name], name
+    assert began == [1, 1, 2]  # the epoch that trackers are told of first
 
 
 def test_a_run_that_was_stopped_goes_on_to_the_same_end(
