@@ -65,10 +65,10 @@ TESTS: dict[str, Sequence[str]] = {
     "train.py": ["train_parts", "training_progress", "training_transfer", "training_step", "distributed_runs"],
     "evaluate.py": ["reference", "evaluate", "distributed_programs"],
     "predict.py": ["predict", "reference", "export", "distributed_programs"],
-    "engine/training/step.py": ["training_step"],
+    "engine/training/step.py": ["training_step", "distributed_training"],
     "engine/training/losses.py": ["training_losses"],
     "engine/training/optimizers.py": ["training_optimizers"],
-    "engine/data/mixing.py": ["data_mixing"],
+    "engine/data/mixing.py": ["data_mixing", "distributed_training"],
 }
 IMPORTED = ("torch", "torchvision.transforms.v2", "numpy", "hydra", "pytest", "matplotlib.figure", "tqdm", "sklearn")
 SKIPPED = re.compile(r"__name__ == ")  # whether a program is started by hand

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from engine.data.batches import Batches
-from engine.data.mixing import Mixing
+from engine.data.mixing import Mixing, _spans
 from engine.data.splits import Split
 
 CPU = torch.device("cpu")
@@ -58,6 +59,32 @@ def test_mixup_is_a_weighted_mean_and_cutmix_a_rectangle() -> None:
         [(Mixing(None, 1.0, 0)(images, hot, 1, step)[0][:, 0] != images[:, 0]).float().mean(0) for step in range(9)]
     ).mean(0)
     assert often.min() > 0.05
+
+
+@pytest.mark.parametrize(
+    ("centre", "length", "places"),  # of 10: as many as the length says, in the middle of them the centre
+    [
+        (0.5, 0.5, [3, 4, 5, 6, 7]),
+        (0.59, 0.3, [4, 5, 6]),
+        (0.5, 0.4, [3, 4, 5, 6]),  # of an even number the place before the centre is one more
+        (0.5, 0.12, [5]),
+        (0.5, 0.04, []),
+        (0.0, 0.5, [0, 1, 2]),  # the rest lies outside
+        (0.999, 0.5, [7, 8, 9]),
+        (0.3, 1.0, [0, 1, 2, 3, 4, 5, 6, 7]),
+    ],
+)
+def test_the_places_of_a_side(centre: float, length: float, places: list[int]) -> None:
+    (found,) = _spans(np.array([centre]), np.array([length]), 10)
+    assert found.nonzero()[0].tolist() == places
+
+
+def test_a_rectangle_takes_the_share_that_was_drawn() -> None:
+    """Of Beta(a, a) with a large a all shares are one half: sides of sqrt(1/2) where no edge of the image cuts them."""
+    images, _, hot = one_hot_images(64, 100, 200)
+    mixed, _ = Mixing(None, 1e7, 0)(images, hot, 1, 0)
+    foreign = mixed[:, 0] != images[:, 0]
+    assert (int(foreign.any(2).sum(1).max()), int(foreign.any(1).sum(1).max())) == (71, 141)
 
 
 def test_shares_follow_the_beta_distribution() -> None:

@@ -160,3 +160,12 @@ def test_what_does_not_fit_is_refused_before_anything_is_made(call: Call) -> Non
     assert "weight has 2 numbers; expected 10" in call("train", "criterion.weight=[1,2]").error
     assert "expected balanced, or a list of numbers" in call("train", "criterion.weight=even").error
     assert call("evaluate").code == 2  # there is no run
+
+
+def test_nothing_is_smoothed_unless_asked_for() -> None:
+    logits, labels = torch.tensor([[2.0, -1.0, 0.5], [0.0, 1.0, 3.0]]), torch.tensor([0, 1])
+    assert torch.equal(cross_entropy()(logits, labels), nn.functional.cross_entropy(logits, labels))
+    weight = torch.tensor([1.0, 2.0, 3.0])
+    expected = nn.functional.cross_entropy(logits, labels, weight=weight)
+    for criterion in (WeightedCrossEntropy(weight), cross_entropy(weight=weight.tolist())):
+        torch.testing.assert_close(criterion(logits, labels), expected)

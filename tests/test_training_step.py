@@ -113,6 +113,12 @@ def test_one_part_is_the_plain_step_to_the_bit() -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_a_loss_without_a_share_counts_whole() -> None:
+    parameter = nn.Parameter(torch.tensor([3.0]))
+    made_step(nn.ParameterList([parameter])).backward((parameter * 2).sum())
+    assert parameter.grad is not None and parameter.grad.tolist() == [2.0]
+
+
 def test_a_bad_loss_is_counted_in_steps() -> None:
     tally = Tally(CPU, accumulate=3)
     logits, labels = torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64)
@@ -309,6 +315,7 @@ def test_averages_begin_with_the_weights_that_were_saved() -> None:
     step = made_step(begun, ema_decay=0.5)
     step.evaluated.load_state_dict(saved.state_dict())
     step.load_state_dict({"skipped": 0, "scaler": {}})
+    assert step.averaged == 0
     assert torch.equal(weights(step.model), weights(saved)) and torch.equal(weights(step.evaluated), weights(saved))
 
 
