@@ -486,3 +486,20 @@ def test_a_wrong_request_is_answered_without_torch(
     assert end.value.code == 2
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and says in line
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        torch.zeros(3, 0, 5),  # nothing to see
+        torch.zeros(5, 5, dtype=torch.uint8),
+        torch.zeros(1, 3, 5, 5),
+        torch.zeros(3, 5, 5, dtype=torch.int64),
+        torch.zeros(3, 5, 5, dtype=torch.bool),
+    ],
+)
+def test_tensors_that_are_no_images(given: torch.Tensor) -> None:
+    images = predict.Images([given, torch.ones(3, 5, 5), torch.full((3, 5, 5), 255).byte()], (3, 5, 5), [], 100)
+    assert images[0][1] == f"{given.dtype} {list(given.shape)}; expected uint8 or floats [channels, height, width]"
+    for number, most in ((1, 1.0), (2, 255.0)):
+        assert torch.equal(images[number][1], torch.full((3, 5, 5), most).to(images[number][1].dtype))
