@@ -234,6 +234,26 @@ def test_the_precision_that_is_taken() -> None:
         assert has_bf16(CPU) == ("amx_bf16" in flags or "avx512_bf16" in flags)
 
 
+@pytest.mark.parametrize(("capability", "has"), [((7, 5), False), ((8, 0), True), ((8, 6), True), ((9, 0), True)])
+def test_gpus_with_bf16_are_those_from_ampere_on(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], has: bool
+) -> None:
+    """Turing has 7.5, Ampere 8.0 and 8.6, Hopper 9.0; fp16 needs none of these."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    gpu = torch.device("cuda", 0)
+    assert has_bf16(gpu) is has and choose_precision("auto", gpu) == ("bf16" if has else "fp32")
+    assert choose_precision("fp16", gpu) == "fp16" and choose_precision("bf16", gpu) == "bf16"
+
+
+@pytest.mark.parametrize(("count", "which"), [(64, "compiled"), (63, "plain"), (1, "plain")])
+def test_compiled_is_what_whole_batches_go_through(monkeypatch: pytest.MonkeyPatch, count: int, which: str) -> None:
+    monkeypatch.setattr(torch, "compile", lambda plain, **how: lambda images: "compiled")
+    step = made_step(linear(), 64)
+    monkeypatch.setattr(step.model, "forward", lambda images: "plain")
+    step.compile()
+    assert step.model(samples(count)[0]) == which
+
+
 def test_what_was_taken_is_printed(call: Call) -> None:
     done = call("train", "epochs=1", "precision=auto", "limit_batches=2")
     assert done.code == 0 and f"device   cpu, {'bf16' if has_bf16(CPU) else 'fp32'}\n" in done.out
