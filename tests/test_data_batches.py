@@ -943,6 +943,15 @@ def test_each_way_to_resize_has_a_cache_of_its_own(photos, tmp_path):
             assert torch.equal(images[row], resize(files.read(row)[None])[0])
 
 
+def test_files_in_another_order_are_cached_anew(photos, tmp_path):
+    files = datasets.image_folder(str(photos), 0.1, 3, 10**6).train
+    turned = datasets.ImageFiles(files.paths.tolist()[::-1], files.targets.tolist()[::-1], 3)
+    for one in (files, turned, files):
+        images, _ = cached_images(one, Resize([8, 8]), tmp_path / "cache", False)
+        for row in range(len(one)):
+            assert torch.equal(images[row], Resize([8, 8])(one.read(row)[None])[0])
+
+
 def test_a_changed_picture_is_cached_anew_by_its_time_alone(tmp_path, capsys):
     for name in ("ant", "bee"):
         (tmp_path / "pictures" / name).mkdir(parents=True)
