@@ -945,7 +945,7 @@ def test_each_way_to_resize_has_a_cache_of_its_own(photos, tmp_path):
 
 def test_files_in_another_order_are_cached_anew(photos, tmp_path):
     files = datasets.image_folder(str(photos), 0.1, 3, 10**6).train
-    turned = datasets.ImageFiles(files.paths.tolist()[::-1], files.targets.tolist()[::-1], 3)
+    turned = datasets.ImageFiles(files.paths.tolist()[::-1], files.targets.tolist()[::-1], 3, name=files.name)
     for one in (files, turned, files):
         images, _ = cached_images(one, Resize([8, 8]), tmp_path / "cache", False)
         for row in range(len(one)):
