@@ -363,6 +363,20 @@ def test_labels_as_names_and_class_names_given(photos):
     assert all(int(image[0, 0, 0]) % 2 != label for image, label in (data.train[i] for i in range(6)))
 
 
+def test_blanks_around_names_and_labels_do_not_count(photos):
+    data = listed(photos, "".join(f" {i}.png , {'dog' if i % 2 else 'cat '}\n" for i in range(8)))
+    assert data.classes == ["cat", "dog"] and len(data.train) + len(data.test) == 8
+
+
+def test_the_limit_of_pixels_that_was_set_is_that_of_every_image(tmp_path, photos):
+    make_folder(tmp_path / "folders")
+    one = image_folder(str(tmp_path / "folders"), **{**FOLDER, "max_pixels": 4})
+    for data in (one, listed(photos, NUMBERS, max_pixels=4)):
+        for part in (data.train, data.test):
+            with pytest.raises(RequestError, match="pixels are more than the 4 allowed"):
+                part[0]
+
+
 def test_a_test_list_of_its_own(photos):
     (photos / "test.csv").write_text("7.png,1\n")
     data = listed(photos, NUMBERS, test_annotations_file=str(photos / "test.csv"))
