@@ -181,11 +181,14 @@ def _group(count: int, launch: dict[str, str], work: Callable[..., Any], argumen
     found: dict[int, Any] = {}
     while len(found) < count:
         fallen = [member.exitcode for member in members if member.exitcode]  # before the look at what they left
-        if results.empty() and not fallen:
+        if not results.empty():
+            rank, pickled = results.get()
+            result = pickle.loads(pickled)
+        elif fallen:
+            result = RuntimeError(f"a process ended with {fallen[0]} and left no result")
+        else:
             time.sleep(0.01)
             continue
-        rank, pickled = (0, pickle.dumps(RuntimeError(f"died: {fallen}"))) if results.empty() else results.get()
-        result = pickle.loads(pickled)
         if isinstance(result, BaseException):
             for member in members:
                 member.kill()

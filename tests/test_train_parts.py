@@ -273,11 +273,8 @@ def ended_well(answer: Answer) -> list[str]:
 
 
 def test_a_run_tells_keeps_and_returns_the_same(call: Call, tmp_path: Path, returned: list[float]) -> None:
-    worse = (
-        "optimizer.lr=6",
-        "scheduler.warmup_epochs=30",
-        "dataset.limit=400",
-    )  # of which the first epoch is the best
+    # The learning rate rises until nothing is learned, so the first epoch is the best.
+    worse = ("optimizer.lr=6", "scheduler.warmup_epochs=30", "dataset.limit=400")
     lines = ended_well(call("train", *SMALL, "epochs=3", "model.hidden=[16]", "batch_size=8", *worse))
     summary, table = json.loads((tmp_path / RUN / "summary.json").read_text()), rows(tmp_path)
     assert " ".join(line.split()[0] for line in lines) == "model data device run epoch epoch epoch test again"
@@ -320,9 +317,14 @@ def test_training_ends_early(call: Call, tmp_path: Path) -> None:
 def test_a_run_that_goes_on_after_its_last_epoch_counts_anew(
     call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe, began, real = (*SMALL, "scheduler=constant"), list[int](), train.Trackers
-    counted = lambda *given, next_epoch: began.append(next_epoch) or real(*given, next_epoch=next_epoch)  # noqa: E731
-    monkeypatch.setattr(train, "Trackers", counted)
+    recipe, began = (*SMALL, "scheduler=constant"), list[int]()
+
+    class Noted(train.Trackers):
+        def __init__(self, *given: Any, next_epoch: int) -> None:
+            began.append(next_epoch)
+            super().__init__(*given, next_epoch=next_epoch)
+
+    monkeypatch.setattr(train, "Trackers", Noted)
     ended_well(call("train", *recipe, "epochs=2"))
     whole = rows(tmp_path)[1]
     (tmp_path / RUN).rename(tmp_path / "whole")
