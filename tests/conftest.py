@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import quick
 
-from engine.command.cli import launch
+from engine.command.cli import OF_EXPERIMENT, launch
 from engine.pictures import style
 from engine.run import runs
 
@@ -71,7 +71,8 @@ def call(
     if not request.node.get_closest_marker("pictures"):
         monkeypatch.setattr(style, "draw", quick.draw_quickly)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # put back afterwards
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # put back afterwards, as what an experiment leaves to its processes
+    monkeypatch.setenv(OF_EXPERIMENT, "[]")
 
     def run(entry: str, *arguments: str) -> Answer:
         monkeypatch.setattr(sys, "argv", [str(ROOT / f"{entry}.py"), *arguments])
